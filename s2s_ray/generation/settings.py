@@ -1,0 +1,132 @@
+"""Generation settings, with the names and meaning of `transformers.GenerationConfig`. No torch here."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from s2s_ray.errors import SettingsError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSettings:
+    """How one row is decoded. Frozen and hashable; every row of a batch may have its own.
+
+    Lengths are in tokens. `max_length` counts the decoder's start token and prompt, as in transformers and KerasHub;
+    `max_new_tokens` does not and wins when both are set. `top_k=0`, `top_p=1.0`, `typical_p=1.0` and `min_p=0.0` switch
+    those filters off. Raises SettingsError when a value is out of range.
+    """
+
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+    min_length: int = 0
+    min_new_tokens: int = 0
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    typical_p: float = 1.0
+    min_p: float = 0.0
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
+    decoder_start_token_id: int = 0
+    pad_token_id: int = 0
+    eos_token_id: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens"):
+            object.__setattr__(self, name, _frozen(getattr(self, name) or ()))
+        if isinstance(self.eos_token_id, int) or self.eos_token_id is None:
+            object.__setattr__(self, "eos_token_id", () if self.eos_token_id is None else (self.eos_token_id,))
+        object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("num_beams", "num_return_sequences", "max_length", "max_new_tokens"):
+            value = getattr(self, name)
+            _require(value is None or (_is_int(value) and value >= 1), name, "a whole number of at least 1", value)
+        for name in ("min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"):
+            value = getattr(self, name)
+            _require(_is_int(value) and value >= 0, name, "a whole number of at least 0", value)
+        for name in ("temperature", "repetition_penalty"):
+            value = getattr(self, name)
+            _require(_is_number(value) and 0 < value < float("inf"), name, "a number above 0", value)
+        for name in ("top_p", "typical_p"):
+            value = getattr(self, name)
+            _require(_is_number(value) and 0 < value <= 1, name, "a number above 0 and at most 1", value)
+        _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number from 0 to 1", self.min_p)
+        finite = _is_number(self.length_penalty) and abs(self.length_penalty) < float("inf")
+        _require(finite, "length_penalty", "a finite number", self.length_penalty)
+        _require(
+            self.early_stopping in (True, False, "never"), "early_stopping", 'True, False or "never"', self.early_stopping
+        )
+        _require(_is_int(self.seed) and abs(self.seed) < 2**63, "seed", "a 64-bit whole number", self.seed)
+        if not self.do_sample:
+            limit = self.num_beams
+            _require(
+                self.num_return_sequences <= limit,
+                "num_return_sequences",
+                f"at most num_beams ({limit}) unless do_sample is set",
+                self.num_return_sequences,
+            )
+
+    def replace(self, **changes: Any) -> "GenerationSettings":
+        """A copy with `changes` applied. Raises SettingsError for a name that is not a setting."""
+        unknown = sorted(set(changes) - FIELD_NAMES)
+        if unknown:
+            raise SettingsError(f"unknown generation setting {unknown[0]!r}; known: {', '.join(sorted(FIELD_NAMES))}")
+        return dataclasses.replace(self, **changes)
+
+    def length_limit(self, prompt_length: int, family_limit: int | None = None) -> int:
+        """The largest decoder length (start token and prompt included) this row may reach.
+
+        `prompt_length` counts the start token and the prompt; `family_limit` is the longest the model has positions for.
+        With neither `max_length` nor `max_new_tokens` set, the family's limit applies (never a silent 20).
+        """
+        limit = self.max_length if self.max_length is not None else (family_limit or 2**31)
+        if self.max_new_tokens is not None:
+            limit = prompt_length + self.max_new_tokens
+        return min(limit, family_limit) if family_limit is not None else limit
+
+    @classmethod
+    def from_configs(cls, *configs: Mapping[str, Any]) -> "GenerationSettings":
+        """Merge dictionaries in the style of `generation_config.json`; later ones win, unknown keys and nulls are ignored."""
+        merged: dict[str, Any] = {}
+        for config in configs:
+            merged.update({k: v for k, v in config.items() if k in FIELD_NAMES and v is not None})
+        if merged.get("decoder_start_token_id") is None:
+            merged["decoder_start_token_id"] = next(
+                (c["bos_token_id"] for c in reversed(configs) if c.get("bos_token_id") is not None), 0
+            )
+        return cls(**merged)
+
+
+FIELD_NAMES = frozenset(f.name for f in dataclasses.fields(GenerationSettings))
+
+
+def _require(holds: bool, name: str, what: str, value: object) -> None:
+    if not holds:
+        raise SettingsError(f"{name} must be {what}. Received: {value!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _frozen(value: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
