@@ -25,23 +25,8 @@ __all__ = ["Location", "canonical_json", "failpoint", "sha256_bytes", "sha256_fi
 FAILPOINT_VARIABLE = "S2S_RAY_FAILPOINT"
 FAILPOINT_EXIT_CODE = 86
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-_PROTOCOLS = {
-    "file",
-    "memory",
-    "s3",
-    "s3a",
-    "gs",
-    "gcs",
-    "az",
-    "abfs",
-    "abfss",
-    "hdfs",
-    "webhdfs",
-    "hf",
-    "http",
-    "https",
-}
-# Filesystems whose pipe_file(mode="create") is one conditional request (If-None-Match, ifGenerationMatch=0) or in memory.
+_PROTOCOLS = {"file", "memory", *_EXTRAS, "az", "abfs", "abfss", "hdfs", "webhdfs", "hf", "http", "https"}
+# Here pipe_file(mode="create") is one conditional request (If-None-Match, ifGenerationMatch=0), or in memory.
 _EXCLUSIVE = {"memory", "s3", "s3a", "gs", "gcs"}
 _CHUNK = 8 * 2**20
 
