@@ -31,7 +31,7 @@ def english_text() -> list[str]:
 
 @pytest.fixture(scope="session")
 def trained_bpe(english_text: list[str]) -> dict[str, Any]:
-    """A byte-level BPE trained on `english_text` with BART's special ids: {"vocab": {token: id}, "merges": [[a, b]]}."""
+    """A byte-level BPE trained on `english_text` (BART's special ids): {"vocab": {token: id}, "merges": [[a, b]]}."""
     from tokenizers import ByteLevelBPETokenizer
 
     trainer = ByteLevelBPETokenizer()
@@ -43,7 +43,7 @@ def trained_bpe(english_text: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def tiny_bart_dir(tmp_path_factory: pytest.TempPathFactory, trained_bpe: dict[str, Any]) -> Path:
-    """A Hugging Face directory with a random 2+2 layer BART (d 32, 128 positions) and its tokenizer. Do not write to it.
+    """A Hugging Face directory: a random 2+2 layer BART (d 32, 128 positions) and its tokenizer. Do not write to it.
 
     The weights are drawn wider than BART's default, so that different inputs give different outputs.
     """

@@ -1,0 +1,364 @@
+"""Text to the ids and masks an encoder-decoder takes, and back. numpy only; the caller makes tensors."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from s2s_ray.errors import InputError, PresetError, RowErrorReason, SettingsError
+from s2s_ray.storage import canonical_json
+from s2s_ray.text.tokenizer import TokenizationError, Tokenizer, read_json_object
+
+PREPROCESSOR_FILE = "preprocessor.json"
+DEFAULT_SEQUENCE_LENGTH = 1024
+DEFAULT_MAX_TEXT_BYTES = 2**20
+
+
+@dataclass(slots=True)
+class EncodedSource:
+    """One source text as ids, or the reason why not. `num_tokens_full` counts the tokens before truncation."""
+
+    token_ids: list[int] = field(default_factory=list)
+    truncated: bool = False
+    num_tokens_full: int = 0
+    error: RowErrorReason | None = None
+    message: str = ""
+
+
+class Seq2SeqLMPreprocessor:
+    """KerasHub's `Seq2SeqLMPreprocessor`: dictionaries of text in, dictionaries of ids and masks out.
+
+    Ids are int32 and masks bool, both [B, S]. Rows are padded to the longest row of the batch; `padding="max_length"`
+    pads to the sequence length as KerasHub does. `source_prefix` is put before every source text (T5's "summarize: ").
+    A text of more than `max_text_bytes` UTF-8 bytes is refused before it is tokenised.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        encoder_sequence_length: int = DEFAULT_SEQUENCE_LENGTH,
+        decoder_sequence_length: int = DEFAULT_SEQUENCE_LENGTH,
+        *,
+        decoder_start_token_id: int,
+        source_prefix: str = "",
+        max_text_bytes: int = DEFAULT_MAX_TEXT_BYTES,
+        padding: Literal["longest", "max_length"] = "longest",
+    ) -> None:
+        if padding not in ("longest", "max_length"):
+            raise SettingsError(f'padding must be "longest" or "max_length". Received: {padding!r}')
+        if not isinstance(source_prefix, str):
+            raise SettingsError(f"source_prefix must be a string. Received: {source_prefix!r}")
+        if not _is_int(decoder_start_token_id) or decoder_start_token_id < 0:
+            raise SettingsError(f"decoder_start_token_id must be a token id. Received: {decoder_start_token_id!r}")
+        self.tokenizer = tokenizer
+        self.decoder_start_token_id = decoder_start_token_id
+        self.source_prefix = source_prefix
+        self.max_text_bytes = _positive("max_text_bytes", max_text_bytes)
+        self.padding = padding
+        self.encoder_sequence_length = self._length("encoder_sequence_length", encoder_sequence_length)
+        self.decoder_sequence_length = self._length("decoder_sequence_length", decoder_sequence_length)
+        self.truncated_sources = 0
+        self.truncated_targets = 0
+
+    @property
+    def sequence_length(self) -> int:
+        """KerasHub's alias of `decoder_sequence_length`."""
+        return self.decoder_sequence_length
+
+    @classmethod
+    def from_preset(cls, preset: str | os.PathLike[str], **kwargs: Any) -> "Seq2SeqLMPreprocessor":
+        """The preprocessor of a preset (any handle `s2s_ray.presets` knows); keywords as for `from_directory`."""
+        from s2s_ray import presets
+
+        return cls.from_directory(presets.resolve(preset).directory, **kwargs)
+
+    @classmethod
+    def from_directory(
+        cls,
+        path: Path,
+        *,
+        encoder_sequence_length: int | None = None,
+        decoder_sequence_length: int | None = None,
+        source_prefix: str | None = None,
+        max_text_bytes: int | None = None,
+        padding: Literal["longest", "max_length"] | None = None,
+    ) -> "Seq2SeqLMPreprocessor":
+        """Arguments win over `preprocessor.json`, that wins over the number of positions in `config.json`, else 1024.
+
+        Raises PresetError for unusable files, PresetIntegrityError for another model's tokenizer.
+        """
+        path = Path(path)
+        config = read_json_object(path / "config.json")
+        settings: dict[str, Any] = {
+            "encoder_sequence_length": _positions(config, "encoder"),
+            "decoder_sequence_length": _positions(config, "decoder"),
+        }
+        saved = read_json_object(path / PREPROCESSOR_FILE)
+        settings.update({name: saved[name] for name in _SAVED if name in saved})
+        given = {
+            "encoder_sequence_length": encoder_sequence_length,
+            "decoder_sequence_length": decoder_sequence_length,
+            "source_prefix": source_prefix,
+            "max_text_bytes": max_text_bytes,
+            "padding": padding,
+        }
+        settings.update({name: value for name, value in given.items() if value is not None})
+        if settings.get("decoder_start_token_id") is None:
+            settings["decoder_start_token_id"] = _decoder_start(path, config)
+        return cls(Tokenizer.from_directory(path), **settings)
+
+    def save(self, directory: Path) -> None:
+        """Write `preprocessor.json` and the tokenizer's files."""
+        self.tokenizer.save(directory)
+        (directory / PREPROCESSOR_FILE).write_bytes(canonical_json({name: getattr(self, name) for name in _SAVED}))
+
+    def __call__(
+        self,
+        x: Mapping[str, Any],
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        encoder_sequence_length: int | None = None,
+        decoder_sequence_length: int | None = None,
+        sequence_length: int | None = None,
+    ) -> tuple[dict[str, NDArray[Any]], NDArray[np.int32], NDArray[np.bool_]]:
+        """(x, y, sample_weight) for training from `encoder_text` and `decoder_text`.
+
+        y [B, T] is the target with its special tokens (BART: <s> text </s>); the decoder's input is y shifted right
+        behind the start token; sample_weight [B, T] is True at real targets. A single string gives unbatched arrays.
+        Raises TokenizationError for a text that cannot be used, InputError for missing keys.
+        """
+        if y is not None or sample_weight is not None:
+            raise InputError("y and sample_weight must be None: both are made from decoder_text")
+        sources, targets, batched = _texts(x, need_decoder=True)
+        encoder_length = encoder_sequence_length or self.encoder_sequence_length
+        decoder_length = decoder_sequence_length or sequence_length or self.decoder_sequence_length
+        labels = self.encode_targets(targets, decoder_length)
+        decoder = [[self.decoder_start_token_id, *row] for row in labels]
+        decoder_ids, decoder_mask = self._pad(decoder, decoder_length + 1, minimum=2)
+        inputs = self._encoder_inputs(sources, encoder_length)
+        inputs |= {"decoder_token_ids": decoder_ids[:, :-1], "decoder_padding_mask": decoder_mask[:, :-1]}
+        result = inputs, decoder_ids[:, 1:], decoder_mask[:, 1:]
+        if batched:
+            return result
+        return {name: array[0] for name, array in inputs.items()}, result[1][0], result[2][0]
+
+    def generate_preprocess(
+        self,
+        x: Any,
+        *,
+        encoder_sequence_length: int | None = None,
+        decoder_sequence_length: int | None = None,
+        sequence_length: int | None = None,
+    ) -> dict[str, NDArray[Any]]:
+        """Ids and masks for generation from a string, strings, or a dictionary of `encoder_text` [and `decoder_text`].
+
+        The decoder's ids are the start token and the prompt, without an end token; an empty prompt is the start token
+        alone, so that a model's forced first token applies.
+        """
+        sources, prompts, batched = _texts(x if isinstance(x, Mapping) else {"encoder_text": x})
+        decoder_length = decoder_sequence_length or sequence_length or self.decoder_sequence_length
+        decoder = [[self.decoder_start_token_id, *row] for row in self.encode_prompts(prompts, decoder_length - 1)]
+        decoder_ids, decoder_mask = self._pad(decoder, decoder_length)
+        inputs = self._encoder_inputs(sources, encoder_sequence_length or self.encoder_sequence_length)
+        inputs |= {"decoder_token_ids": decoder_ids, "decoder_padding_mask": decoder_mask}
+        return inputs if batched else {name: array[0] for name, array in inputs.items()}
+
+    def generate_postprocess(self, x: Mapping[str, Any]) -> str | list[str]:
+        """Text from `decoder_token_ids` and `decoder_padding_mask`; special tokens and padding are left out."""
+        ids, mask = _array(x["decoder_token_ids"]), _array(x["decoder_padding_mask"]).astype(bool)
+        if ids.shape != mask.shape or ids.ndim not in (1, 2):
+            raise InputError(f"ids and mask must be [T] or [B, T] and alike. Received: {ids.shape} and {mask.shape}")
+        if ids.ndim == 1:
+            return self.tokenizer.decode_batch([ids[mask].tolist()])[0]
+        return self.tokenizer.decode_batch([row[keep].tolist() for row, keep in zip(ids, mask, strict=True)])
+
+    def encode_sources(self, texts: Sequence[str], max_length: int | None = None) -> tuple[list[list[int]], list[bool]]:
+        """(ragged ids with special tokens, which rows were cut to `max_length` tokens).
+
+        Raises TokenizationError for the first text that cannot be encoded.
+        """
+        encoded = self.try_encode_sources(texts, max_length)
+        for row, source in enumerate(encoded):
+            if source.error is not None:
+                raise TokenizationError(row, source.error, source.message)
+        return [source.token_ids for source in encoded], [source.truncated for source in encoded]
+
+    def try_encode_sources(self, texts: Sequence[Any], max_length: int | None = None) -> list[EncodedSource]:
+        """As `encode_sources`, but a row that cannot be encoded carries its reason and disturbs no other row."""
+        limit = self._length("max_length", max_length) if max_length is not None else self.encoder_sequence_length
+        encoded = [EncodedSource() for _ in texts]
+        rows = self._try_encode(texts, encoded, self.source_prefix)
+        for source, ids in zip(encoded, rows, strict=True):
+            if ids is not None:
+                source.token_ids, source.num_tokens_full = self._wrapped(ids, limit)
+                source.truncated = source.num_tokens_full > limit
+        self.truncated_sources += sum(source.truncated for source in encoded)
+        return encoded
+
+    def encode_targets(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+        """Labels: ragged ids with special tokens, cut to `max_length` tokens with the end token kept."""
+        limit = self._length("max_length", max_length) if max_length is not None else self.decoder_sequence_length
+        wrapped = [self._wrapped(ids, limit) for ids in self._encode(texts)]
+        self.truncated_targets += sum(full > limit for _, full in wrapped)
+        return [ids for ids, _ in wrapped]
+
+    def encode_prompts(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+        """Decoder text after the start token, without an end token (BART: <s> text), cut to `max_length`; [] for ""."""
+        limit = self.decoder_sequence_length - 1 if max_length is None else max_length
+        prefix = self.tokenizer.prefix_ids
+        rows = [[*prefix, *ids] if ids else [] for ids in self._encode(texts)]
+        self.truncated_targets += sum(len(row) > limit for row in rows)
+        return [row[:limit] for row in rows]
+
+    def decode(self, ids: Iterable[Sequence[int]]) -> list[str]:
+        """One text per sequence of ids, special tokens left out."""
+        return self.tokenizer.decode_batch(ids)
+
+    def _encode(self, texts: Sequence[Any]) -> list[list[int]]:
+        outcomes = [EncodedSource() for _ in texts]
+        rows = self._try_encode(texts, outcomes, "")
+        for row, outcome in enumerate(outcomes):
+            if outcome.error is not None:
+                raise TokenizationError(row, outcome.error, outcome.message)
+        return [ids if ids is not None else [] for ids in rows]
+
+    def _try_encode(self, texts: Sequence[Any], outcomes: list[EncodedSource], prefix: str) -> list[list[int] | None]:
+        """Plain ids per text; None where `outcomes` was given an error."""
+        good: list[int] = []
+        strings: list[str] = []
+        for row, text in enumerate(texts):
+            problem = self._problem(text)
+            if problem is None:
+                good.append(row)
+                strings.append(prefix + (text.decode() if isinstance(text, bytes) else text))
+            else:
+                outcomes[row].error, outcomes[row].message = problem
+        result: list[list[int] | None] = [None] * len(outcomes)
+        try:
+            encoded: list[list[int] | None] = [*self.tokenizer.encode_batch(strings, add_special_tokens=False)]
+        except TokenizationError:
+            encoded = [self._encode_alone(text, outcomes[row]) for row, text in zip(good, strings, strict=True)]
+        for row, ids in zip(good, encoded, strict=True):
+            result[row] = ids
+        return result
+
+    def _encode_alone(self, text: str, outcome: EncodedSource) -> list[int] | None:
+        try:
+            return self.tokenizer(text)
+        except TokenizationError as error:
+            outcome.error, outcome.message = error.reason, str(error)
+            return None
+
+    def _problem(self, text: Any) -> tuple[RowErrorReason, str] | None:
+        if text is None or (isinstance(text, float) and text != text):
+            return RowErrorReason.NULL_TEXT, "the text is null"
+        if not isinstance(text, (str, bytes)):
+            return RowErrorReason.TOKENIZER_FAILED, f"a text must be a string. Received: {type(text).__name__}"
+        try:
+            if isinstance(text, bytes):
+                size = len(text)
+                text.decode()
+            else:
+                size = len(text) if text.isascii() else len(text.encode())
+        except UnicodeError as error:
+            return RowErrorReason.INVALID_UTF8, str(error)[:200]
+        if size > self.max_text_bytes:
+            return (
+                RowErrorReason.TOO_LONG,
+                f"{size} bytes; max_text_bytes is {self.max_text_bytes}",
+            )
+        return None
+
+    def _wrapped(self, ids: list[int], limit: int) -> tuple[list[int], int]:
+        """(ids with special tokens within `limit`, their number without a limit)."""
+        prefix, suffix = self.tokenizer.prefix_ids, self.tokenizer.suffix_ids
+        overhead = len(prefix) + len(suffix)
+        return [*prefix, *ids[: limit - overhead], *suffix], len(ids) + overhead
+
+    def _encoder_inputs(self, texts: Sequence[str], length: int) -> dict[str, NDArray[Any]]:
+        ids, mask = self._pad(self.encode_sources(texts, length)[0], length)
+        return {"encoder_token_ids": ids, "encoder_padding_mask": mask}
+
+    def _pad(
+        self, rows: Sequence[Sequence[int]], length: int, minimum: int = 1
+    ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        width = length if self.padding == "max_length" else max([len(row) for row in rows], default=minimum)
+        ids = np.full((len(rows), width), self.tokenizer.pad_token_id, dtype=np.int32)
+        mask = np.arange(width) < np.array([len(row) for row in rows], dtype=np.int64)[:, None]
+        for target, row in zip(ids, rows, strict=True):
+            target[: len(row)] = row
+        return ids, mask
+
+    def _length(self, name: str, value: int) -> int:
+        overhead = len(self.tokenizer.prefix_ids) + len(self.tokenizer.suffix_ids)
+        if _positive(name, value) <= overhead:
+            raise SettingsError(f"{name} must be more than the {overhead} special tokens of a text. Received: {value}")
+        return value
+
+
+_SAVED = (
+    "encoder_sequence_length",
+    "decoder_sequence_length",
+    "decoder_start_token_id",
+    "source_prefix",
+    "max_text_bytes",
+    "padding",
+)
+
+
+def _texts(x: Mapping[str, Any], need_decoder: bool = False) -> tuple[list[Any], list[Any], bool]:
+    """(encoder texts, decoder texts, whether they came as a batch)."""
+    needed = {"encoder_text", "decoder_text"} if need_decoder else {"encoder_text"}
+    if not needed <= set(x) <= {"encoder_text", "decoder_text"}:
+        raise InputError(f"x must have the keys {', '.join(sorted(needed))}. Received: {', '.join(map(str, x))}")
+    sources, batched = _as_list(x["encoder_text"])
+    targets, _ = _as_list(x["decoder_text"]) if x.get("decoder_text") is not None else ([""] * len(sources), batched)
+    if len(sources) != len(targets):
+        raise InputError(f"encoder_text and decoder_text must pair up. Received: {len(sources)} and {len(targets)}")
+    return sources, targets, batched
+
+
+def _as_list(texts: Any) -> tuple[list[Any], bool]:
+    """Lists, tuples, iterators, numpy and pandas (tolist) and Arrow (to_pylist) columns; a lone string is no batch."""
+    if texts is None or isinstance(texts, (str, bytes)):
+        return [texts], False
+    for method in ("to_pylist", "tolist"):
+        if hasattr(texts, method):
+            values = getattr(texts, method)()
+            return (values, True) if isinstance(values, list) else ([values], False)
+    return list(texts), True
+
+
+def _array(value: Any) -> NDArray[Any]:
+    return np.asarray(value.cpu() if hasattr(value, "cpu") else value)
+
+
+def _positions(config: Mapping[str, Any], side: str) -> int:
+    for name in (f"max_{side}_position_embeddings", "max_position_embeddings"):
+        value = config.get(name)
+        if isinstance(value, int) and value > 0:
+            return value
+    return DEFAULT_SEQUENCE_LENGTH
+
+
+def _decoder_start(path: Path, config: Mapping[str, Any]) -> int:
+    for source in (config, read_json_object(path / "generation_config.json")):
+        value = source.get("decoder_start_token_id")
+        if isinstance(value, int):
+            return value
+    raise PresetError(f"{path / 'config.json'} must hold decoder_start_token_id, the token generation starts from")
+
+
+def _positive(name: str, value: int) -> int:
+    if not _is_int(value) or value < 1:
+        raise SettingsError(f"{name} must be a whole number of at least 1. Received: {value!r}")
+    return value
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
