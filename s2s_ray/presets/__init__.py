@@ -1,0 +1,128 @@
+"""Presets: from a handle to a verified local directory."""
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s2s_ray.errors import PresetError, PresetIntegrityError, UnsupportedModelError
+from s2s_ray.presets import cache, handles, huggingface
+from s2s_ray.presets.handles import Handle, HandleKind
+from s2s_ray.presets.manifest import verified_manifest
+from s2s_ray.presets.store import PresetStore
+from s2s_ray.storage import Location
+
+__all__ = ["DEFAULT_SUMMARIZER", "PresetStore", "ResolvedPreset", "builtin_names", "resolve"]
+
+DEFAULT_SUMMARIZER = "debian_summarizer_en"
+BUILTIN_DIRECTORY = Path(__file__).parent / "builtin"
+
+# KerasHub's names for BART and the repositories that hold the same weights.
+_PUBLIC: dict[str, dict[str, Any]] = {
+    "bart_base_en": {
+        "description": "BART base: 6+6 layers, case kept, pre-trained on English text. For fine-tuning.",
+        "params": 139_417_344,
+        "path": "bart",
+        "handle": "hf://facebook/bart-base",
+    },
+    "bart_large_en": {
+        "description": "BART large: 12+12 layers, case kept, pre-trained on English text. For fine-tuning.",
+        "params": 406_287_360,
+        "path": "bart",
+        "handle": "hf://facebook/bart-large",
+    },
+    "bart_large_en_cnn": {
+        "description": "BART large fine-tuned to summarise news (CNN and Daily Mail).",
+        "params": 406_287_360,
+        "path": "bart",
+        "handle": "hf://facebook/bart-large-cnn",
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedPreset:
+    """A preset on this machine. `digest` identifies its content (see manifest.py); `handle` is what was asked for."""
+
+    directory: Path
+    digest: str
+    handle: str
+
+
+def builtin_names() -> dict[str, dict[str, Any]]:
+    """Name to metadata: `description`, and `handle` where it is fetched from or `directory` where it ships with us."""
+    shipped = {
+        path.name: {"description": _description(path), "directory": str(path)}
+        for path in sorted(BUILTIN_DIRECTORY.iterdir() if BUILTIN_DIRECTORY.is_dir() else ())
+        if (path / "config.json").is_file()
+    }
+    return {**shipped, **{name: dict(metadata) for name, metadata in _PUBLIC.items()}}
+
+
+def resolve(handle: str | os.PathLike[str], *, expected_digest: str | None = None) -> ResolvedPreset:
+    """A local directory, verified against its manifest if it has one. Handles: see handles.py.
+
+    Every call reads and hashes all files of the preset; call it once per process. With `expected_digest` anything else
+    raises PresetIntegrityError. Raises PresetError for what names no preset, UnsupportedModelError for kaggle://.
+    """
+    parsed = handles.parse(handle)
+    directory, digest = _locate(parsed, expected_digest)
+    if expected_digest is not None and digest != expected_digest:
+        raise PresetIntegrityError(f"preset {parsed} must have digest {expected_digest}. Received: {digest}")
+    return ResolvedPreset(directory, digest, str(handle))
+
+
+def _locate(handle: Handle, expected_digest: str | None) -> tuple[Path, str]:
+    match handle.kind:
+        case HandleKind.NAME:
+            return _locate_name(handle.target, expected_digest)
+        case HandleKind.HUGGINGFACE:
+            directory = huggingface.download(handle.target, handle.version)
+            return directory, verified_manifest(directory, allow_links=True).digest
+        case HandleKind.STORE:
+            version = f"@{handle.version}" if handle.version else ""
+            return PresetStore(handle.store or "").fetch(handle.target + version)
+        case HandleKind.KAGGLE:
+            raise UnsupportedModelError(
+                f"kaggle:// presets are not read yet. Received: {handle.target}. Use the model's hf:// repository; "
+                f"of the built-in names: {', '.join(builtin_names())}"
+            )
+    location = Location.parse(handle.target)
+    if not location.is_local:
+        return cache.fetch(location, expected_digest)
+    return _local(Path(location.path))
+
+
+def _locate_name(name: str, expected_digest: str | None) -> tuple[Path, str]:
+    """Built-in first as in KerasHub, then a directory of that name, then the store."""
+    known = builtin_names()
+    if name in known:
+        metadata = known[name]
+        if "directory" in metadata:
+            return _local(Path(metadata["directory"]))
+        return _locate(handles.parse(metadata["handle"]), expected_digest)
+    if Path(name).is_dir():
+        return _local(Path(name).absolute())
+    if store := os.environ.get(handles.STORE_VARIABLE):
+        return PresetStore(store).fetch(name)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise PresetError(
+        f"no preset or directory is called {name!r}.{hint} Built-in names: {', '.join(sorted(known))}. "
+        "Otherwise give a directory, hf://org/name, a URL, or set S2S_RAY_STORE"
+    )
+
+
+def _local(directory: Path) -> tuple[Path, str]:
+    if not (directory / "config.json").is_file():
+        what = "a directory without config.json" if directory.is_dir() else "no directory"
+        raise PresetError(f"a preset must be a directory that holds config.json. Received: {directory}, {what}")
+    return directory, verified_manifest(directory).digest
+
+
+def _description(directory: Path) -> str:
+    """The first line of prose in the preset's README.md."""
+    readme = directory / "README.md"
+    lines = readme.read_text(encoding="utf-8").splitlines() if readme.is_file() else []
+    return next((line for line in lines if line and line[0].isalnum()), "")

@@ -1,0 +1,38 @@
+"""hf://org/name[@revision] through huggingface_hub and its cache (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE)."""
+
+from pathlib import Path
+
+from s2s_ray.errors import InfrastructureError, PresetError
+
+# Never *.bin, *.h5, *.msgpack or Python files. "*" also matches "/", hence the second list.
+_ALLOWED = ["*.json", "*.txt", "*.safetensors", "*.model", "*.spm"]
+_IGNORED = ["*/*"]
+
+
+def download(repository: str, revision: str | None = None) -> Path:
+    """The snapshot's directory in the hub's cache: configuration, tokenizer and safetensors files of the repository.
+
+    Raises PresetError when there is no such repository or revision (or no right to read it), InfrastructureError when
+    the hub cannot be reached and the snapshot is not cached.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        path = huggingface_hub.snapshot_download(
+            repository, revision=revision, allow_patterns=_ALLOWED, ignore_patterns=_IGNORED
+        )
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        at = f" at {revision}" if revision else ""
+        raise PresetError(
+            f"the hub has no repository {repository}{at} that this HF_TOKEN may read: {_first_line(error)}"
+        ) from error
+    except (OSError, errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as error:
+        raise InfrastructureError(
+            f"hf://{repository} cannot be fetched and is not cached: {_first_line(error)}"
+        ) from error
+    return Path(path)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
