@@ -1,0 +1,239 @@
+"""Training examples as ragged ids, cut into batches of a bounded number of tokens.
+
+Dimensions: B rows, S source, T target.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from s2s_ray.errors import InputError, SettingsError
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one forward pass takes, on one device.
+
+    `inputs` are the preprocessor's: `encoder_token_ids` int64 `[B, S]`, `encoder_padding_mask` bool `[B, S]`, and
+    the same for the decoder, `[B, T]`. labels int64 `[B, T]`, weights fp32 `[B, T]` (0 for padding). `real_tokens` and
+    `padded_tokens` count source and target together; `target_weight` is the sum of the weights, known without the
+    device.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    weights: Tensor
+    real_tokens: int
+    padded_tokens: int
+    target_weight: float
+
+    @classmethod
+    def from_arrays(cls, x: Mapping[str, Any], y: Any, sample_weight: Any = None) -> "Batch":
+        """From the preprocessor's `(x, y, sample_weight)`: arrays or tensors. Raises InputError for other keys or
+        shapes.
+        """
+        missing = sorted({"encoder_token_ids", "decoder_token_ids"} - set(x))
+        if missing:
+            raise InputError(
+                f"preprocessed x must hold encoder_token_ids and decoder_token_ids. Received: {', '.join(map(str, x))}"
+            )
+        inputs = {}
+        for side in ("encoder", "decoder"):
+            ids = torch.as_tensor(x[f"{side}_token_ids"]).long()
+            mask = x.get(f"{side}_padding_mask")
+            inputs[f"{side}_token_ids"] = ids
+            inputs[f"{side}_padding_mask"] = (
+                torch.ones_like(ids).bool() if mask is None else torch.as_tensor(mask).bool()
+            )
+        labels = torch.as_tensor(y).long()
+        mask = inputs["decoder_padding_mask"]
+        weights = mask.float() if sample_weight is None else torch.as_tensor(sample_weight).float()
+        if weights.ndim == 1:  # one weight per row, as Keras allows
+            weights = weights[:, None] * mask
+        if labels.shape != inputs["decoder_token_ids"].shape or weights.shape != labels.shape:
+            raise InputError(
+                f"decoder_token_ids, y and sample_weight must have one shape [B, T]. Received: "
+                f"{tuple(inputs['decoder_token_ids'].shape)}, {tuple(labels.shape)} and {tuple(weights.shape)}"
+            )
+        real = int(inputs["encoder_padding_mask"].sum()) + int(mask.sum())
+        padded = inputs["encoder_token_ids"].numel() + mask.numel()
+        return cls(inputs, labels, weights, real, padded, float(weights.sum(dtype=torch.float64)))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "Batch":
+        """A copy on `device`."""
+        inputs = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.inputs.items()}
+        labels, weights = (t.to(device, non_blocking=non_blocking) for t in (self.labels, self.weights))
+        return Batch(inputs, labels, weights, self.real_tokens, self.padded_tokens, self.target_weight)
+
+    def pin(self) -> "Batch":
+        """A copy in page-locked memory, from which a copy to CUDA does not wait."""
+        inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
+        pinned = self.labels.pin_memory(), self.weights.pin_memory()
+        return Batch(inputs, *pinned, self.real_tokens, self.padded_tokens, self.target_weight)
+
+
+class Ragged:
+    """Rows of ids of unequal length in one flat int32 array (4 bytes a token)."""
+
+    def __init__(self, flat: NDArray[np.int32], lengths: NDArray[np.int64]) -> None:
+        self.flat = flat
+        self.lengths = lengths
+        self.starts = np.concatenate([[0], np.cumsum(lengths)])
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[int]]) -> "Ragged":
+        """A copy of the rows."""
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        return cls(np.fromiter((i for row in rows for i in row), dtype=np.int32, count=int(lengths.sum())), lengths)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Ragged"]) -> "Ragged":
+        """All parts' rows in order; no part is an empty Ragged."""
+        empty = np.empty(0, np.int32), np.empty(0, np.int64)
+        flat = np.concatenate([empty[0], *(part.flat for part in parts)])
+        return cls(flat, np.concatenate([empty[1], *(part.lengths for part in parts)]))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int) -> NDArray[np.int32]:
+        return self.flat[self.starts[row] : self.starts[row + 1]]
+
+    def slice(self, start: int, stop: int) -> "Ragged":
+        """Rows `start` to `stop`, sharing the memory."""
+        return Ragged(self.flat[self.starts[start] : self.starts[stop]], self.lengths[start:stop])
+
+    def pad(self, rows: Sequence[int], width: int, value: int) -> NDArray[np.int64]:
+        """The rows as int64 `[len(rows), width]`, filled up with `value`."""
+        padded = np.full((len(rows), width), value, dtype=np.int64)
+        if len(rows):
+            inside = np.arange(width) < self.lengths[np.asarray(rows)][:, None]
+            padded[inside] = np.concatenate([self[row] for row in rows])
+        return padded
+
+
+@dataclass(slots=True)
+class Examples:
+    """Source and label ids with the special tokens, one pair a row.
+
+    `start` and `pad` are the decoder's start id and the padding id; `widths` (S, T) pads every batch to one size.
+    """
+
+    sources: Ragged
+    labels: Ragged
+    start: int
+    pad: int
+    widths: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def slice(self, start: int, stop: int) -> "Examples":
+        """Rows `start` to `stop`."""
+        return Examples(
+            self.sources.slice(start, stop), self.labels.slice(start, stop), self.start, self.pad, self.widths
+        )
+
+    def collate(self, rows: Sequence[int], multiple: int = 1) -> Batch:
+        """The rows as a padded batch; widths are rounded up to a multiple of `multiple`.
+
+        Decoder inputs are the labels moved right behind the start token, as transformers' `shift_tokens_right`.
+        """
+        s, t = self.sources.lengths[rows], self.labels.lengths[rows]
+        width_s, width_t = self.widths or tuple(-(-int(lengths.max()) // multiple) * multiple for lengths in (s, t))
+        labels = self.labels.pad(rows, width_t, self.pad)
+        decoder = np.concatenate([np.full((len(rows), 1), self.start), labels[:, :-1]], axis=1)
+        mask = np.arange(width_t) < t[:, None]
+        inputs = {
+            "encoder_token_ids": torch.from_numpy(self.sources.pad(rows, width_s, self.pad)),
+            "encoder_padding_mask": torch.from_numpy(np.arange(width_s) < s[:, None]),
+            "decoder_token_ids": torch.from_numpy(decoder),
+            "decoder_padding_mask": torch.from_numpy(mask),
+        }
+        weights = torch.from_numpy(mask.astype(np.float32))
+        padded = len(rows) * (width_s + width_t)
+        return Batch(inputs, torch.from_numpy(labels), weights, int(s.sum() + t.sum()), padded, float(t.sum()))
+
+
+@dataclass(slots=True)
+class BatchPlan:
+    """Which rows make up each batch of each epoch; a function of (seed, epoch) and the lengths alone.
+
+    With `batch_tokens`, rows are shuffled, sorted by length within windows of about `window_batches` batches, and cut
+    so that no batch exceeds `batch_tokens` padded tokens (source and target together); the batches of a window are
+    shuffled again. Without it, batches have `batch_size` rows in shuffled order (in order with `shuffle=False`), as
+    Keras. A row longer than `batch_tokens` is a batch of its own. `state_dict` and `load_state_dict` keep the place
+    in an epoch.
+    """
+
+    sources: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    batch_size: int = 32
+    batch_tokens: int | None = None
+    shuffle: bool = True
+    seed: int = 0
+    multiple: int = 1
+    window_batches: int = 50
+    epoch: int = 0
+    position: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "batch_tokens", "multiple", "window_batches"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise SettingsError(f"{name} must be a whole number of at least 1. Received: {value!r}")
+
+    def batches(self) -> list[NDArray[np.int64]]:
+        """All batches of the current epoch, as row numbers."""
+        generator = np.random.default_rng([self.seed, self.epoch])
+        order = generator.permutation(len(self.sources)) if self.shuffle else np.arange(len(self.sources))
+        if self.batch_tokens is None:
+            return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        mean = float((self.sources + self.targets).mean()) if len(order) else 1.0
+        window = max(1, round(self.window_batches * self.batch_tokens / max(mean, 1.0)))
+        batches: list[NDArray[np.int64]] = []
+        for start in range(0, len(order), window):
+            cut = self._cut(order[start : start + window])
+            batches += [cut[i] for i in generator.permutation(len(cut))] if self.shuffle else cut
+        return batches
+
+    def _cut(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        assert self.batch_tokens is not None
+        rows = rows[np.lexsort((self.targets[rows], self.sources[rows]))]
+        cut, start, longest_s, longest_t = [], 0, 0, 0
+        for index, (s, t) in enumerate(
+            zip(self._round(self.sources[rows]), self._round(self.targets[rows]), strict=True)
+        ):
+            longest_s, longest_t = max(longest_s, int(s)), max(longest_t, int(t))
+            if (index + 1 - start) * (longest_s + longest_t) > self.batch_tokens and index > start:
+                cut.append(rows[start:index])
+                start, longest_s, longest_t = index, int(s), int(t)
+        return [*cut, rows[start:]] if len(rows) else cut
+
+    def _round(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        return -(-lengths // self.multiple) * self.multiple
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        """The rest of the current epoch, from `position`; afterwards the plan stands at the start of the next epoch."""
+        for rows in self.batches()[self.position :]:
+            self.position += 1
+            yield rows
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The place: epoch and number of batches already given out."""
+        return {"epoch": self.epoch, "position": self.position, "seed": self.seed}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue at a place that `state_dict` gave. Raises SettingsError when it was made with another seed."""
+        if state["seed"] != self.seed:
+            raise SettingsError(f"the saved place belongs to seed {state['seed']}, this plan has seed {self.seed}")
+        self.epoch, self.position = int(state["epoch"]), int(state["position"])

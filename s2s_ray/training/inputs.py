@@ -1,0 +1,286 @@
+"""What `fit` accepts as data, brought to one shape: batches of an epoch, and how many there are."""
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from s2s_ray.errors import InputError, SettingsError
+from s2s_ray.storage import Location
+from s2s_ray.text.preprocessor import Seq2SeqLMPreprocessor
+from s2s_ray.text.tokenizer import TokenizationError
+from s2s_ray.training.batches import Batch, BatchPlan, Examples, Ragged
+
+CHUNK_ROWS = 2048  # rows tokenised at a time
+TEXT_KEYS = ("encoder_text", "decoder_text")
+FORMS = (
+    "a dict of encoder_text and decoder_text (lists, arrays, Arrow columns), a pyarrow Table, Parquet paths, a dict of "
+    "preprocessed arrays with y, or an iterable (DataLoader) of such dicts, tables or of (x, y, sample_weight)"
+)
+
+Texts = tuple[Sequence[Any], Sequence[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSettings:
+    """How data is read and batched. Lengths are in tokens; None takes the preprocessor's."""
+
+    text_column: str = "encoder_text"
+    summary_column: str = "decoder_text"
+    batch_size: int = 32
+    batch_tokens: int | None = None
+    shuffle: bool = True
+    seed: int = 0
+    multiple: int = 1
+    max_source_length: int | None = None
+    max_target_length: int | None = None
+
+
+class TrainingData(Protocol):
+    """Batches, epoch after epoch."""
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """The batches of one epoch, on the CPU."""
+
+    def steps(self, epoch: int) -> int | None:
+        """How many batches the epoch has; None when that shows only at its end."""
+
+
+@dataclass(slots=True)
+class InMemory:
+    """Tokenised pairs, held as ids."""
+
+    examples: Examples
+    settings: DataSettings
+    _planned: dict[int, list[Any]] = field(default_factory=dict)
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        for rows in self._plan(epoch):
+            yield self.examples.collate(rows, self.settings.multiple)
+
+    def steps(self, epoch: int) -> int | None:
+        return len(self._plan(epoch))
+
+    def split(self, fraction: float) -> tuple["InMemory", "InMemory"]:
+        """Without the last `fraction` of the rows, and those alone, as Keras splits: before any shuffling."""
+        cut = _split_at(len(self.examples), fraction)
+        last = self.examples.slice(cut, len(self.examples))
+        return InMemory(self.examples.slice(0, cut), self.settings), InMemory(last, self.settings)
+
+    def _plan(self, epoch: int) -> list[Any]:
+        if epoch not in self._planned:
+            s = self.settings
+            lengths = self.examples.sources.lengths, self.examples.labels.lengths
+            plan = BatchPlan(*lengths, s.batch_size, s.batch_tokens, s.shuffle, s.seed, s.multiple, epoch=epoch)
+            self._planned = {epoch: plan.batches()}
+        return self._planned[epoch]
+
+
+@dataclass(slots=True)
+class Preprocessed:
+    """Arrays that the preprocessor made, one row an example: a dict `x`, labels `y`, weights."""
+
+    x: dict[str, Any]
+    y: Any
+    sample_weight: Any
+    settings: DataSettings
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        ones = np.ones(len(self.y), dtype=np.int64)
+        plan = BatchPlan(
+            ones, ones, self.settings.batch_size, None, self.settings.shuffle, self.settings.seed, epoch=epoch
+        )
+        for rows in plan.batches():
+            weight = None if self.sample_weight is None else self.sample_weight[rows]
+            yield Batch.from_arrays({k: v[rows] for k, v in self.x.items()}, self.y[rows], weight)
+
+    def steps(self, epoch: int) -> int | None:
+        return -(-len(self.y) // self.settings.batch_size)
+
+    def split(self, fraction: float) -> tuple["Preprocessed", "Preprocessed"]:
+        """As InMemory.split."""
+        cut = _split_at(len(self.y), fraction)
+        first, last = slice(0, cut), slice(cut, None)
+        return self._part(first), self._part(last)
+
+    def _part(self, rows: slice) -> "Preprocessed":
+        weight = None if self.sample_weight is None else self.sample_weight[rows]
+        return replace(self, x={k: v[rows] for k, v in self.x.items()}, y=self.y[rows], sample_weight=weight)
+
+
+@dataclass(slots=True)
+class Stream:
+    """An iterable whose items are batches, or single text rows that are gathered to `batch_size`."""
+
+    items: Iterable[Any]
+    encode: Callable[[Texts], Examples]
+    settings: DataSettings
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        iterator = iter(self.items)
+        for item in iterator:
+            if isinstance(item, Mapping) and isinstance(item.get("encoder_text"), (str, bytes)):
+                more = itertools.islice(iterator, self.settings.batch_size - 1)
+                rows = [item, *more]
+                item = {key: [row[key] for row in rows] for key in TEXT_KEYS}
+            yield self._batch(item)
+
+    def steps(self, epoch: int) -> int | None:
+        return len(self.items) if isinstance(self.items, Sized) else None
+
+    def _batch(self, item: Any) -> Batch:
+        if isinstance(item, Batch):
+            return item
+        if isinstance(item, (tuple, list)) and 1 <= len(item) <= 3 and isinstance(item[0], Mapping):
+            x, y, weight = (*item, None, None)[:3]
+            if y is not None:
+                return Batch.from_arrays(x, y, weight)
+            item = x
+        texts = _as_texts(item, self.settings)
+        if texts is None:
+            raise InputError(
+                f"an item of the data must be a batch of text or (x, y, sample_weight). Received: {type(item)}"
+            )
+        examples = self.encode(texts)
+        return examples.collate(range(len(examples)), self.settings.multiple)
+
+
+def open_data(
+    x: Any, y: Any, sample_weight: Any, preprocessor: Seq2SeqLMPreprocessor | None, settings: DataSettings
+) -> "InMemory | Preprocessed | Stream":
+    """The data behind whatever `fit` was given. Raises InputError, which lists the accepted forms."""
+
+    def encode(texts: Texts) -> Examples:
+        return _encode([texts], _required(preprocessor), settings)
+
+    if isinstance(x, Mapping) and "encoder_token_ids" in x:
+        if y is None:
+            raise InputError("preprocessed x must come with y, the labels [B, T]")
+        arrays = {key: _to_array(value) for key, value in x.items()}
+        weight = None if sample_weight is None else _to_array(sample_weight)
+        return Preprocessed(arrays, _to_array(y), weight, settings)
+    if y is not None or sample_weight is not None:
+        raise InputError("y and sample_weight belong to preprocessed x; with text, the targets are decoder_text")
+    chunks = _text_chunks(x, settings)
+    if chunks is not None:
+        examples = _encode(chunks, _required(preprocessor), settings)
+        if not len(examples):
+            raise InputError("the training data must hold at least one pair. Received: none")
+        return InMemory(examples, settings)
+    if not isinstance(x, Iterable) or isinstance(x, (str, bytes)):
+        raise InputError(f"x must be {FORMS}. Received: {type(x).__name__}")
+    if settings.batch_tokens is not None:
+        raise SettingsError("batch_tokens needs data of known length: an iterable already decides its batches")
+    return Stream(x, encode, settings)
+
+
+def _text_chunks(x: Any, settings: DataSettings) -> Iterable[Texts] | None:
+    """Chunks of texts when x is text in memory or in files."""
+    texts = _as_texts(x, settings)
+    if texts is not None:
+        return _chunked(texts)
+    paths = [x] if isinstance(x, (str, os.PathLike)) else x
+    if isinstance(paths, (list, tuple)) and paths and all(isinstance(p, (str, os.PathLike)) for p in paths):
+        return itertools.chain.from_iterable(_read_parquet(path, settings) for path in paths)
+    return None
+
+
+def _as_texts(x: Any, settings: DataSettings) -> Texts | None:
+    if isinstance(x, (pa.Table, pa.RecordBatch)):
+        columns = settings.text_column, settings.summary_column
+        missing = [name for name in columns if name not in x.schema.names]
+        if missing:
+            raise InputError(
+                f"the table must have the columns {columns[0]!r} and {columns[1]!r} (text_column, summary_column). "
+                f"Received: {', '.join(x.schema.names)}"
+            )
+        return x.column(columns[0]).to_pylist(), x.column(columns[1]).to_pylist()
+    if not isinstance(x, Mapping):
+        return None
+    if set(x) != set(TEXT_KEYS):
+        raise InputError(f"x must have the keys encoder_text and decoder_text. Received: {', '.join(map(str, x))}")
+    source, target = (_to_list(x[key]) for key in TEXT_KEYS)
+    if len(source) != len(target):
+        raise InputError(f"encoder_text and decoder_text must pair up. Received: {len(source)} and {len(target)}")
+    return source, target
+
+
+def _read_parquet(path: str | os.PathLike[str], settings: DataSettings) -> Iterator[Texts]:
+    location = Location.parse(path)
+    files = location.list_files(".parquet") if location.is_dir() else [location]
+    if not files:
+        raise InputError(f"no Parquet file in {location.url}")
+    for file in files:
+        with file.open("rb") as handle:
+            try:
+                parquet = pq.ParquetFile(handle)
+            except pa.ArrowInvalid as error:
+                raise InputError(f"{file.url} must be a Parquet file: {error}") from error
+            columns = [settings.text_column, settings.summary_column]
+            for batch in parquet.iter_batches(CHUNK_ROWS, columns=columns):
+                texts = _as_texts(batch, settings)
+                assert texts is not None
+                yield texts
+
+
+def _chunked(texts: Texts) -> Iterator[Texts]:
+    for start in range(0, len(texts[0]), CHUNK_ROWS):
+        yield texts[0][start : start + CHUNK_ROWS], texts[1][start : start + CHUNK_ROWS]
+
+
+def _encode(chunks: Iterable[Texts], preprocessor: Seq2SeqLMPreprocessor, settings: DataSettings) -> Examples:
+    sources, labels, done = [], [], 0
+    for source_texts, target_texts in chunks:
+        try:
+            source_ids, _ = preprocessor.encode_sources(source_texts, settings.max_source_length)
+            label_ids = preprocessor.encode_targets(target_texts, settings.max_target_length)
+        except TokenizationError as error:
+            raise InputError(f"training row {done + error.row}: {error}") from error
+        sources.append(Ragged.from_rows(source_ids))
+        labels.append(Ragged.from_rows(label_ids))
+        done += len(source_texts)
+    ragged = Ragged.concatenate(sources), Ragged.concatenate(labels)
+    pad = preprocessor.tokenizer.pad_token_id
+    return Examples(*ragged, preprocessor.decoder_start_token_id, pad, _fixed_widths(preprocessor, settings))
+
+
+def _fixed_widths(preprocessor: Seq2SeqLMPreprocessor, settings: DataSettings) -> tuple[int, int] | None:
+    if preprocessor.padding != "max_length":
+        return None
+    if settings.batch_tokens is not None:
+        raise SettingsError('batch_tokens needs a preprocessor with padding="longest". Received: "max_length"')
+    source = settings.max_source_length or preprocessor.encoder_sequence_length
+    return source, settings.max_target_length or preprocessor.decoder_sequence_length
+
+
+def _required(preprocessor: Seq2SeqLMPreprocessor | None) -> Seq2SeqLMPreprocessor:
+    if preprocessor is None:
+        raise InputError("text needs a preprocessor: give the task one, or pass preprocessed (x, y, sample_weight)")
+    return preprocessor
+
+
+def _split_at(rows: int, fraction: float) -> int:
+    if not 0 < fraction < 1:
+        raise SettingsError(f"validation_split must be above 0 and below 1. Received: {fraction!r}")
+    cut = int(rows * (1 - fraction))
+    if not 0 < cut < rows:
+        raise SettingsError(f"validation_split={fraction} of {rows} rows leaves one side empty")
+    return cut
+
+
+def _to_list(values: Any) -> Sequence[Any]:
+    if isinstance(values, (str, bytes)):
+        return [values]
+    for method in ("to_pylist", "tolist"):
+        if hasattr(values, method):
+            return getattr(values, method)()
+    return values if isinstance(values, (list, tuple)) else list(values)
+
+
+def _to_array(values: Any) -> Any:
+    return np.asarray(values.cpu() if hasattr(values, "cpu") else values)
