@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 MAX_TOKENIZER_BYTES = 128 * 2**20  # the largest published tokenizer.json files are about 40 MB
+_PROBE = "a B 1."
 MAX_WRAP = 16  # tokens a post-processor may put around a text
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 _BART_NAMES = {
@@ -270,11 +271,13 @@ def _byte_level_bpe(path: Path, names: Mapping[str, Any]) -> "Backend":
 def _wrap(backend: "Backend") -> tuple[list[int], list[int]]:
     """What the post-processor puts before and after a text."""
     try:
-        plain = backend.encode("a", add_special_tokens=False).ids
-        wrapped = backend.encode("a", add_special_tokens=True)
+        plain = backend.encode(_PROBE, add_special_tokens=False).ids
+        wrapped = backend.encode(_PROBE, add_special_tokens=True)
     except BaseException as error:
         raise_unless_tokenizers_failed(error)
         raise PresetError(f"the tokenizer file cannot encode a text: {str(error)[:300]}") from error
+    if not plain:
+        raise PresetError(f"the tokenizer must give tokens for a text. Received: none for {_PROBE!r}")
     before = next((i for i, special in enumerate(wrapped.special_tokens_mask) if not special), len(wrapped.ids))
     prefix, suffix = wrapped.ids[:before], wrapped.ids[before + len(plain) :]
     if len(prefix) + len(suffix) > MAX_WRAP or [*prefix, *plain, *suffix] != wrapped.ids:
