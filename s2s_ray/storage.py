@@ -4,12 +4,14 @@ Two of them are atomic and durable: `write_atomic` (a reader sees the old bytes 
 (of any number of racing writers exactly one wins). Every operation passes a failpoint, so tests can crash at each one.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
 import shutil
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +19,7 @@ from typing import IO, Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from s2s_ray.errors import InfrastructureError, InputError
+from s2s_ray.errors import InfrastructureError, InputError, S2SRayError
 from s2s_ray.jsonio import canonical_json, strict_json
 
 __all__ = ["Location", "canonical_json", "failpoint", "sha256_bytes", "sha256_file", "strict_json"]
@@ -89,21 +91,25 @@ class Location:
         return self._at(self.path.rstrip("/").rsplit("/", 1)[0] or "/")
 
     def exists(self) -> bool:
-        return bool(self.fs.exists(self.path))
+        with _as_oserror():
+            return bool(self.fs.exists(self.path))
 
     def is_dir(self) -> bool:
-        return bool(self.fs.isdir(self.path))
+        with _as_oserror():
+            return bool(self.fs.isdir(self.path))
 
     def size(self) -> int:
         """Bytes. Raises FileNotFoundError."""
-        return int(self.fs.info(self.path)["size"])
+        with _as_oserror():
+            return int(self.fs.info(self.path)["size"])
 
     def identity(self) -> str:
         """Size with etag or modification time: changes whenever the content does, without reading it."""
         if self.is_local:
             stat = Path(self.path).stat()
             return f"{stat.st_size}-{stat.st_mtime_ns}"
-        info = self.fs.info(self.path)
+        with _as_oserror():
+            info = self.fs.info(self.path)
         for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created"):
             if info.get(key) is not None:
                 return f"{info['size']}-{str(info[key]).strip(chr(34))}"
@@ -112,31 +118,37 @@ class Location:
     def read_bytes(self, limit: int | None = None) -> bytes:
         """The whole file, or its first `limit` bytes."""
         failpoint("read.before")
-        if limit is None:
-            return bytes(self.fs.cat_file(self.path))
-        with self.open("rb") as stream:
-            return bytes(stream.read(limit))
+        with _as_oserror():
+            if limit is None:
+                return bytes(self.fs.cat_file(self.path))
+            with self.open("rb") as stream:
+                return bytes(stream.read(limit))
 
     def open(self, mode: str = "rb") -> IO[bytes]:
         """A file object, seekable for "rb". For writing prefer `write_atomic`."""
-        stream: IO[bytes] = self.fs.open(self.path, mode)
-        return stream
+        with _as_oserror():
+            stream: IO[bytes] = self.fs.open(self.path, mode)
+            return stream
 
     def glob(self) -> "list[Location]":
         """What this location matches when its path is read as a pattern (*, ?, [..], **), sorted."""
-        return [self._at(path) for path in sorted(self.fs.glob(self.path))]
+        with _as_oserror():
+            return [self._at(path) for path in sorted(self.fs.glob(self.path))]
 
     def list_files(self, suffix: str = "") -> "list[Location]":
         """All files below, sorted by path; skips every name below here that starts with "_" or "."."""
         base = self.path.rstrip("/")
-        paths = [p for p in self.fs.find(self.path) if p.endswith(suffix) and p.rstrip("/") != base]
+        with _as_oserror():
+            found = self.fs.find(self.path)
+        paths = [p for p in found if p.endswith(suffix) and p.rstrip("/") != base]
         return [self._at(p) for p in sorted(paths) if not _hidden(p[len(base) :])]
 
     def list_names(self) -> list[str]:
         """Names one level below, sorted; [] where there is no such directory."""
         failpoint("list.before")
         try:
-            paths = self.fs.ls(self.path, detail=False)
+            with _as_oserror():
+                paths = self.fs.ls(self.path, detail=False)
         except FileNotFoundError:
             return []
         names = {p.rstrip("/").rsplit("/", 1)[-1] for p in paths if p.rstrip("/") != self.path.rstrip("/")}
@@ -148,7 +160,8 @@ class Location:
         if self.is_local:
             _replace_durably(self._temporary(data), Path(self.path))
         else:
-            self.fs.pipe_file(self.path, data)
+            with _as_oserror():
+                self.fs.pipe_file(self.path, data)
         failpoint("write.after")
 
     def create_exclusive(self, data: bytes) -> bool:
@@ -168,13 +181,15 @@ class Location:
             _replace_durably(temporary, Path(self.path))
         else:
             failpoint("write.before")
-            self.fs.put_file(str(local_file), self.path)
+            with _as_oserror():
+                self.fs.put_file(str(local_file), self.path)
         failpoint("write.after")
 
     def download(self, local_file: Path) -> None:
         """Copy this file to a local path (not atomic: the caller names a temporary one) and fsync it."""
         failpoint("read.before")
-        self.fs.get_file(self.path, str(local_file))
+        with _as_oserror():
+            self.fs.get_file(self.path, str(local_file))
         _fsync(local_file)
 
     def copy_to(self, other: "Location") -> None:
@@ -183,7 +198,8 @@ class Location:
             other.upload(Path(self.path))
         elif self.protocol == other.protocol:
             failpoint("copy.before")
-            self.fs.cp_file(self.path, other.path)
+            with _as_oserror():
+                self.fs.cp_file(self.path, other.path)
             failpoint("copy.after")
         else:
             other.write_atomic(self.read_bytes())
@@ -205,10 +221,8 @@ class Location:
     def delete(self, recursive: bool = False) -> None:
         """Remove the file, or with `recursive` the tree. Nothing there is no error."""
         failpoint("delete.before")
-        try:
+        with contextlib.suppress(FileNotFoundError), _as_oserror():
             self.fs.rm(self.path, recursive=recursive)
-        except FileNotFoundError:
-            return
 
     def make_directory(self) -> None:
         """Create the directory and its parents where the filesystem has directories."""
@@ -253,7 +267,8 @@ class Location:
                 f"an output must be on a local path, s3:// or gs:// (exclusive create). Received: {self.url}"
             )
         try:
-            self.fs.pipe_file(self.path, data, mode="create")
+            with _as_oserror():
+                self.fs.pipe_file(self.path, data, mode="create")
         except FileExistsError:
             return False
         return True
@@ -338,6 +353,17 @@ def _strip(scheme: str, rest: str) -> str:
     if scheme == "memory":
         return f"/{path.lstrip('/')}"
     return f"{scheme}://{path}" if scheme in ("http", "https") else path
+
+
+@contextlib.contextmanager
+def _as_oserror() -> Iterator[None]:
+    """Object-store clients raise types of their own; callers of this module see OSError for all of them."""
+    try:
+        yield
+    except (OSError, S2SRayError):
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
 
 
 def _absolute(path: str) -> str:

@@ -1,0 +1,119 @@
+"""Ray as a job uses it: a session, the share of the cluster each stage gets, and a quiet execution."""
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s2s_ray.errors import InfrastructureError, S2SRayError
+from s2s_ray.pipelines.settings import GenerateSettings
+
+if TYPE_CHECKING:
+    import ray.data
+
+CALLS_PER_REPLICA = 4  # units in one engine at a time: the tail of one is filled by the next
+TASK_CPUS = 0.25  # reading and committing wait for storage half of the time
+NO_PROGRESS_SECONDS = 1800.0
+INIT_DEATHS = 3  # of replicas in a row, while they load the model
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """How many replicas, and what each of them and each CPU task reserves."""
+
+    replicas: tuple[int, int]
+    replica_cpus: float
+    replica_gpus: float
+    threads: int | None  # of torch, per replica; None leaves it to torch
+    task_cpus: float = TASK_CPUS
+
+    @classmethod
+    def of(cls, settings: GenerateSettings, cluster: Mapping[str, float], nodes: int) -> "Resources":
+        """Replicas take at most half of the CPUs there are now, so that the CPU stages can always run beside them."""
+        cpus, all_gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+        gpus = settings.gpus_per_replica
+        if gpus is None:
+            gpus = 1.0 if all_gpus and settings.device != "cpu" else 0.0
+        automatic = max(1, int(all_gpus // gpus)) if gpus else max(1, nodes)
+        replicas = settings.replica_range() or (automatic, automatic)
+        share = cpus / replicas[1] if cpus else 2.0
+        replica_cpus = min(1.0, share / 2) if gpus else share / 2
+        threads = None if gpus else max(1, min(int(share), os.cpu_count() or 1))
+        return cls(replicas, math.floor(replica_cpus * 1000) / 1000, gpus, threads)
+
+    def pool(self) -> Any:
+        """The actor pool; it keeps as many units queued at a replica as are at work in it."""
+        import ray.data
+
+        low, high = self.replicas
+        return ray.data.ActorPoolStrategy(
+            min_size=low,
+            max_size=high,
+            initial_size=low,
+            max_concurrent_calls_per_actor=CALLS_PER_REPLICA,
+            max_tasks_in_flight_per_actor=2 * CALLS_PER_REPLICA,
+        )
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None) -> Iterator[None]:
+    """Connect to `address`, RAY_ADDRESS or this process's session; else start a Ray here, and stop it afterwards."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    token = Path("~/.ray/auth_token").expanduser()
+    had_token = token.exists()
+    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InfrastructureError(f"Ray could not be reached at {address}: {_first_line(error)}") from error
+    if not had_token and token.exists():
+        token.chmod(0o600)  # Ray 2.60 writes it readable for all
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def execute(dataset: "ray.data.Dataset") -> Iterator[dict[str, Any]]:
+    """The rows of the dataset as they come. Raises the S2SRayError a stage raised, else InfrastructureError."""
+    import ray
+
+    context = dataset.context
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
+    context.max_consecutive_actor_init_deaths = INIT_DEATHS
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        yield from dataset.iter_rows()
+    except ray.exceptions.RayError as error:
+        raise _cause(error) from error
+    except TimeoutError as error:
+        raise InfrastructureError(f"nothing was committed for {NO_PROGRESS_SECONDS:.0f} s: {error}") from error
+
+
+def _cause(error: BaseException) -> S2SRayError:
+    """The typed error inside Ray's wrappers."""
+    seen: set[int] = set()
+    inner: BaseException | None = error
+    while inner is not None and id(inner) not in seen:
+        if isinstance(inner, S2SRayError):
+            # Ray gives a stage's error a class of its own that also derives from the original's.
+            return next((c for c in (getattr(inner, "cause", None),) if isinstance(c, S2SRayError)), inner)
+        seen.add(id(inner))
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    return InfrastructureError(f"the cluster failed: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:500]

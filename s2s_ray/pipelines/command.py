@@ -1,0 +1,61 @@
+"""From a command line to an exit code: what the scripts in jobs/ share."""
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from s2s_ray import presets
+from s2s_ray.errors import InfrastructureError, S2SRayError
+from s2s_ray.pipelines.settings import GenerateSettings, parse
+
+SAMPLE = Path(__file__).parent.parent / "samples" / "package_descriptions"
+
+
+def main(job: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
+    """Run `job` on the arguments and exit with its code; an expected error is one line on stderr, no traceback."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = job(sys.argv[1:] if argv is None else argv)
+    except S2SRayError as error:
+        code = _say(str(error), error.exit_code)
+    except OSError as error:
+        code = _say(f"storage failed: {error}", InfrastructureError.exit_code)
+    except KeyboardInterrupt:
+        code = _say("interrupted; run the same command again to resume", 128 + signal.SIGINT)
+    sys.exit(code)
+
+
+def generate(argv: Sequence[str], description: str, defaults: dict[str, Any]) -> int:
+    """Parse the flags, run the job, print the report; returns the exit code."""
+    from s2s_ray.pipelines.generate import run
+
+    report = run(parse(argv, description, defaults))
+    print(report, flush=True)
+    return report.exit_code
+
+
+def summarize_defaults(argv: Sequence[str]) -> dict[str, Any]:
+    """The built-in summariser; and without any input the sample that ships with the package."""
+    defaults: dict[str, Any] = {"preset": presets.DEFAULT_SUMMARIZER}
+    if not any(argument.partition("=")[0] in ("--input", "--config") for argument in argv):
+        sample = {"input": (str(SAMPLE),), "text_column": "description", "output": "out/summaries"}
+        defaults |= sample
+    return defaults
+
+
+def parse_summarize(argv: Sequence[str]) -> GenerateSettings:
+    """The settings jobs/summarize.py would run with."""
+    return parse(argv, "", summarize_defaults(argv))
+
+
+def _say(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
+    print("terminated; run the same command again to resume", file=sys.stderr, flush=True)
+    raise SystemExit(128 + signum)

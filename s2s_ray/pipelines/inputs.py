@@ -1,0 +1,188 @@
+"""Finding the input files and judging them by their footers, before any model loads."""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from s2s_ray.errors import InputError
+from s2s_ray.pipelines.settings import GenerateSettings
+from s2s_ray.storage import Location
+
+THREADS = 32
+NEW_COLUMNS = {
+    "num_tokens": pa.int32(),
+    "finish_reason": pa.string(),
+    "truncated": pa.bool_(),
+    "score": pa.float32(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """One input file as listed: its URL, and size with etag or modification time."""
+
+    url: str
+    identity: str
+
+
+@dataclass(frozen=True, slots=True)
+class Footer:
+    """What planning needs of one file: the rows of each row group, and the schema."""
+
+    file: InputFile
+    row_groups: tuple[int, ...]
+    schema: pa.Schema
+
+
+def find_files(inputs: Sequence[str], output: Location) -> list[InputFile]:
+    """The files that `inputs` name: in the order given, sorted within a folder or glob. Raises InputError."""
+    locations: list[Location] = []
+    for text in inputs:
+        found = _expand(Location.parse(text))
+        if not found:
+            raise InputError(f"--input must name Parquet files. Nothing was found at {text}")
+        locations += found
+    urls = [location.url for location in locations]
+    if len(set(urls)) != len(urls):
+        twice = next(url for url in urls if urls.count(url) > 1)
+        raise InputError(f"--input must name each file once. Named twice: {twice}")
+    inside = [url for url in urls if url.startswith(f"{output.url.rstrip('/')}/")]
+    if inside:
+        raise InputError(f"--output must not hold the input. Received: {output.url}, input {inside[0]}")
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(_stat, locations))
+
+
+def read_footers(files: Sequence[InputFile], skip_bad: bool) -> tuple[list[Footer], dict[str, str]]:
+    """(footers in order, reason by URL of the files left out). Raises InputError for a bad one unless `skip_bad`."""
+    footers: list[Footer] = []
+    skipped: dict[str, str] = {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        for file, footer in zip(files, pool.map(_read_footer, files), strict=True):
+            if isinstance(footer, Footer):
+                footers.append(footer)
+            else:
+                skipped[file.url] = footer
+    if skipped and not skip_bad:
+        url, reason = next(iter(skipped.items()))
+        raise InputError(
+            f"every input file must be readable Parquet. {len(skipped)} of {len(files)} are not, the first {url}: "
+            f"{reason}. Mend or remove them, or leave them out with --skip-bad-files"
+        )
+    if not footers:
+        raise InputError(f"--input must name readable Parquet files. All {len(files)} have an unreadable footer")
+    return footers, skipped
+
+
+def output_schema(footers: Sequence[Footer], settings: GenerateSettings) -> pa.Schema:
+    """The schema of the output: the kept input columns, then the new ones.
+
+    Raises InputError for a missing or wrongly typed text column, extension types, files whose schemas differ, and new
+    columns whose names clash with kept ones.
+    """
+    first = footers[0]
+    kept = list(first.schema.names if settings.columns is None else settings.columns)
+    for footer in footers:
+        _check_columns(footer, kept, settings)
+        _check_same(footer, first, kept)
+    new = new_columns(settings)
+    if len({field.name for field in new}) != len(new):
+        raise InputError(f"--summary-column must differ from the other new columns. Received: {new[0].name!r}")
+    clashes = [field.name for field in new if field.name in kept]
+    if clashes:
+        raise InputError(
+            f"new columns must not clash with input columns. Both have {', '.join(map(repr, clashes))}: choose another "
+            "--summary-column, or leave the input's out with --columns"
+        )
+    return pa.schema([*(first.schema.field(name).remove_metadata() for name in kept), *new])
+
+
+def new_columns(settings: GenerateSettings) -> list[pa.Field]:
+    """The columns that a job adds, in order."""
+    names = [name for name in NEW_COLUMNS if name != "score" or settings.score]
+    return [pa.field(settings.summary_column, pa.string()), *(pa.field(name, NEW_COLUMNS[name]) for name in names)]
+
+
+def _expand(location: Location) -> list[Location]:
+    if location.is_dir():
+        return location.list_files(".parquet")
+    if location.exists():
+        return [location]
+    if not any(char in location.path for char in "*?["):
+        return []
+    matches = location.glob()
+    return [f for m in matches for f in (m.list_files(".parquet") if m.is_dir() else [m])]
+
+
+def _stat(location: Location) -> InputFile:
+    return InputFile(location.url, location.identity())
+
+
+def _read_footer(file: InputFile) -> Footer | str:
+    try:
+        with Location.parse(file.url).open() as stream, pq.ParquetFile(stream) as parquet:
+            metadata = parquet.metadata
+            rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+            if any(n < 0 for n in rows) or sum(rows) != metadata.num_rows:
+                return f"row counts do not add up ({sum(rows)} in row groups, {metadata.num_rows} in the file)"
+            return Footer(file, rows, parquet.schema_arrow)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        return " ".join(str(error).split())[:200]
+
+
+def _check_columns(footer: Footer, kept: Iterable[str], settings: GenerateSettings) -> None:
+    names, where = footer.schema.names, footer.file.url
+    for name in (settings.text_column, *kept):
+        if name not in names:
+            flag = "--text-column" if name == settings.text_column else "--columns"
+            raise InputError(f"{flag} must name a column of {where}. Received: {name!r}; it has {', '.join(names)}")
+        if names.count(name) > 1:
+            raise InputError(f"column names must be unique. {where} has {name!r} {names.count(name)} times")
+    text_type = footer.schema.field(settings.text_column).type
+    if not is_text(text_type):
+        raise InputError(
+            f"the text column must be string, or binary holding UTF-8. Received: {settings.text_column!r} of type "
+            f"{text_type} in {where}"
+        )
+    for field in footer.schema:
+        if _has_extension(field):
+            raise InputError(
+                f"extension types are refused, because reading one may run code. {where} has one in column "
+                f"{field.name!r}: rewrite the file with its storage type"
+            )
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this Arrow type can hold the source text."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    checks = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in checks)
+
+
+def _check_same(footer: Footer, first: Footer, kept: Sequence[str]) -> None:
+    for name in kept:
+        ours, theirs = footer.schema.field(name).type, first.schema.field(name).type
+        if ours != theirs:
+            raise InputError(
+                f"all input files must agree on the kept columns. {name!r} is {ours} in {footer.file.url} and {theirs} "
+                f"in {first.file.url}"
+            )
+    if kept == first.schema.names and len(footer.schema.names) != len(kept):
+        more = next(name for name in footer.schema.names if name not in kept)
+        raise InputError(
+            f"all input files must agree on the kept columns. {footer.file.url} also has {more!r}, which "
+            f"{first.file.url} lacks: name the columns to keep with --columns"
+        )
+
+
+def _has_extension(field: pa.Field) -> bool:
+    kind = field.type
+    if isinstance(kind, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
+        return True
+    if pa.types.is_dictionary(kind):
+        return _has_extension(pa.field("", kind.value_type))
+    return any(_has_extension(kind.field(i)) for i in range(kind.num_fields))

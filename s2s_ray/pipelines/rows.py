@@ -1,0 +1,296 @@
+"""What happens to the rows of a unit on CPUs: read and tokenised before the model, made into shards after it.
+
+No torch, no Ray. Three Arrow tables travel from stage to stage: `work` (one line per planned row, WORK_SCHEMA),
+`carried` (the kept input columns of the readable rows, exactly as read) and `answers` (ANSWER_SCHEMA, aligned with
+`work`).
+"""
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from s2s_ray import presets
+from s2s_ray.errors import InfrastructureError, InputError, RowErrorReason
+from s2s_ray.pipelines.inputs import new_columns
+from s2s_ray.pipelines.ledger import Ledger, Shard
+from s2s_ray.pipelines.plan import Piece, Unit
+from s2s_ray.pipelines.settings import GenerateSettings
+from s2s_ray.storage import Location
+from s2s_ray.text.preprocessor import EncodedSource, Seq2SeqLMPreprocessor
+from s2s_ray.text.tokenizer import TokenizationError
+
+MAX_MESSAGE_BYTES = 512
+EMPTY = "empty"  # finish_reason of a blank source, which is answered with "" without the model
+WORK_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),  # position in the whole input; with the seed it decides what is sampled
+        ("source", pa.dictionary(pa.int32(), pa.string())),
+        ("source_row", pa.int64()),
+        ("token_ids", pa.list_(pa.int32())),  # null where the model is not needed
+        ("truncated", pa.bool_()),
+        ("reason", pa.string()),  # null while the row is good
+        ("message", pa.string()),
+        ("input_sha256", pa.string()),
+    ]
+)
+ANSWER_SCHEMA = pa.schema(
+    [
+        ("token_ids", pa.list_(pa.int32())),
+        ("finish_reason", pa.string()),
+        ("score", pa.float32()),
+        ("reason", pa.string()),
+        ("message", pa.string()),
+    ]
+)
+ERROR_SCHEMA = pa.schema(
+    [
+        ("unit", pa.int64()),
+        ("row", pa.int64()),
+        ("source", pa.string()),
+        ("source_row", pa.int64()),
+        ("reason", pa.string()),
+        ("message", pa.string()),
+        ("input_sha256", pa.string()),
+        ("attempts", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage needs to know; small, and sent to every worker."""
+
+    settings: GenerateSettings
+    preset_digest: str
+    fingerprint: str
+    schema: pa.Schema  # of the output
+    run_id: str
+
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(Location.parse(self.settings.output), self.fingerprint)
+
+    @property
+    def kept_columns(self) -> list[str]:
+        return self.schema.names[: len(self.schema) - len(new_columns(self.settings))]
+
+    def preprocessor(self) -> Seq2SeqLMPreprocessor:
+        """Of the job's preset, from this node's cache; loaded once per process."""
+        return _preprocessor(self.settings.preset, self.preset_digest, self.settings.source_prefix)
+
+
+@lru_cache(maxsize=2)
+def _preprocessor(preset: str, digest: str, source_prefix: str | None) -> Seq2SeqLMPreprocessor:
+    resolved = presets.resolve(preset, expected_digest=digest)
+    return Seq2SeqLMPreprocessor.from_directory(resolved.directory, source_prefix=source_prefix)
+
+
+def read_unit(unit: Unit, job: Job) -> tuple[pa.Table, pa.Table]:
+    """(work, carried) of one unit. Rows of a row group that cannot be decoded are UNREADABLE and carry nothing."""
+    work: list[pa.Table] = [WORK_SCHEMA.empty_table()]
+    carried = [pa.schema([job.schema.field(name) for name in job.kept_columns]).empty_table()]
+    columns = list(dict.fromkeys([*job.kept_columns, job.settings.text_column]))
+    row = unit.first_row
+    for piece in unit.pieces:
+        try:
+            table = _read_piece(piece, columns)
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            bad = [EncodedSource(error=RowErrorReason.UNREADABLE, message=brief(error))] * piece.rows
+            work.append(_work_table(piece, row, bad, [None] * piece.rows))
+        else:
+            texts = _texts(table.column(job.settings.text_column))
+            work.append(_work_table(piece, row, _encode(texts, job), texts))
+            carried.append(table.select(job.kept_columns).cast(carried[0].schema))
+        row += piece.rows
+    return pa.concat_tables(work), pa.concat_tables(carried)
+
+
+def make_shard(unit: Unit, work: pa.Table, carried: pa.Table, answers: pa.Table, attempts: int, job: Job) -> Shard:
+    """The shard of one unit: good rows with the new columns in input order, and error rows."""
+    reasons = pc.coalesce(work.column("reason"), answers.column("reason")).combine_chunks()
+    messages = pc.coalesce(work.column("message"), answers.column("message")).combine_chunks()
+    texts, reasons, messages = _decode(answers.column("token_ids").to_pylist(), reasons, messages, job)
+    good = reasons.is_null()
+    readable = pc.not_equal(pc.fill_null(work.column("reason"), ""), RowErrorReason.UNREADABLE.value)
+    lengths = pc.fill_null(pc.list_value_length(answers.column("token_ids")), 0)
+    new = {
+        job.settings.summary_column: pa.chunked_array([pa.array(texts, pa.string())]),
+        "num_tokens": lengths,
+        "finish_reason": answers.column("finish_reason"),
+        "truncated": work.column("truncated"),
+        "score": answers.column("score"),
+    }
+    columns = [column.filter(good.filter(readable.combine_chunks())) for column in carried.columns]
+    columns += [new[field.name].filter(good).cast(field.type) for field in new_columns(job.settings)]
+    kept = pa.Table.from_arrays(columns, schema=job.schema)
+    errors = _error_table(unit, work, reasons, messages, attempts)
+    return Shard(
+        data=_parquet(kept),
+        rows=kept.num_rows,
+        # Unit 0 always has one, so that the errors dataset exists and can be read even when it is empty.
+        errors=_parquet(errors) if errors.num_rows or unit.id == 0 else None,
+        error_rows=errors.num_rows,
+        num_tokens=pc.sum(lengths.filter(good)).as_py() or 0,
+        reasons=Counter(errors.column("reason").to_pylist()),
+    )
+
+
+def to_ipc(table: pa.Table) -> bytes:
+    """An Arrow IPC stream: every type survives, which a conversion to rows would not promise."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def from_ipc(content: bytes) -> pa.Table:
+    """The inverse of `to_ipc`."""
+    with pa.ipc.open_stream(pa.py_buffer(content)) as reader:
+        return reader.read_all()
+
+
+class _Watched(io.RawIOBase):
+    """A stream that remembers a failed read, which tells failing storage apart from corrupt content."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.error: Exception | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._stream.read(size)
+        except Exception as error:
+            self.error = error
+            raise
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _read_piece(piece: Piece, columns: list[str]) -> pa.Table:
+    location = Location.parse(piece.file.url)
+    try:
+        # Nodes may hold copies of a local file with times of their own; there the size must do.
+        identity = str(location.size()) if location.is_local else location.identity()
+        planned = piece.file.identity.partition("-")[0] if location.is_local else piece.file.identity
+        if identity != planned:
+            raise InputError(f"{location.url} must not change during a run: it is another file than was planned")
+        stream = location.open()
+    except OSError as error:
+        raise InfrastructureError(f"{location.url} cannot be opened any more: {error}") from error
+    with stream:
+        watched = _Watched(stream)
+        try:
+            with pq.ParquetFile(watched) as parquet:
+                table = parquet.read_row_group(piece.row_group, columns=columns, use_threads=False)
+        except (pa.ArrowException, OSError):
+            if watched.error is not None:
+                raise InfrastructureError(f"reading {location.url} failed: {watched.error}") from watched.error
+            raise
+    table = table.slice(piece.start, piece.rows).select(columns)
+    if table.num_rows != piece.rows:
+        raise ValueError(f"row group {piece.row_group} has fewer rows than the footer says")
+    return table
+
+
+def _texts(column: pa.ChunkedArray) -> list[bytes | None]:
+    """The text as bytes: Arrow does not check UTF-8 when it reads a string column, so a row's bytes may be no text."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    texts: list[bytes | None] = column.cast(pa.large_binary()).to_pylist()
+    return texts
+
+
+def _encode(texts: Sequence[bytes | None], job: Job) -> list[EncodedSource]:
+    preprocessor = job.preprocessor()
+    encoded = preprocessor.try_encode_sources(texts, job.settings.max_source_length)
+    if job.settings.on_long == "error":
+        limit = job.settings.max_source_length or preprocessor.encoder_sequence_length
+        for source in encoded:
+            if source.truncated:
+                source.error = RowErrorReason.TOO_LONG
+                source.message = f"{source.num_tokens_full} tokens; --max-source-length is {limit}"
+    for source, text in zip(encoded, texts, strict=True):
+        if source.error is None and text is not None and not text.strip():
+            source.token_ids = []
+    return encoded
+
+
+def _work_table(
+    piece: Piece, first_row: int, encoded: Sequence[EncodedSource], texts: Sequence[bytes | None]
+) -> pa.Table:
+    columns = {
+        "row": range(first_row, first_row + piece.rows),
+        "source": [piece.file.url] * piece.rows,
+        "source_row": range(piece.file_row, piece.file_row + piece.rows),
+        "token_ids": [source.token_ids if source.token_ids and source.error is None else None for source in encoded],
+        "truncated": [source.truncated for source in encoded],
+        "reason": [source.error and source.error.value for source in encoded],
+        "message": [brief(source.message) if source.error else None for source in encoded],
+        "input_sha256": [None if text is None else hashlib.sha256(text).hexdigest() for text in texts],
+    }
+    return pa.table(columns, schema=WORK_SCHEMA)
+
+
+def _decode(
+    ids: Sequence[list[int] | None], reasons: pa.Array, messages: pa.Array, job: Job
+) -> tuple[list[str], pa.Array, pa.Array]:
+    """Texts per row ("" where there are no ids). A row whose ids cannot be decoded gets TOKENIZER_FAILED."""
+    decode = job.preprocessor().decode
+    sequences = [row or [] for row in ids]
+    try:
+        return decode(sequences), reasons, messages
+    except TokenizationError:
+        pass
+    texts, reason_list, message_list = [""] * len(sequences), reasons.to_pylist(), messages.to_pylist()
+    for index, sequence in enumerate(sequences):
+        try:
+            texts[index] = decode([sequence])[0]
+        except TokenizationError as error:
+            reason_list[index], message_list[index] = RowErrorReason.TOKENIZER_FAILED.value, brief(error)
+    return texts, pa.array(reason_list, pa.string()), pa.array(message_list, pa.string())
+
+
+def _error_table(unit: Unit, work: pa.Table, reasons: pa.Array, messages: pa.Array, attempts: int) -> pa.Table:
+    bad = reasons.is_valid()
+    rows = work.filter(bad)
+    columns: dict[str, Any] = {
+        "unit": pa.repeat(pa.scalar(unit.id, pa.int64()), rows.num_rows),
+        "row": rows.column("row"),
+        "source": rows.column("source").cast(pa.string()),
+        "source_row": rows.column("source_row"),
+        "reason": reasons.filter(bad),
+        "message": messages.filter(bad),
+        "input_sha256": rows.column("input_sha256"),
+        "attempts": pa.repeat(pa.scalar(attempts, pa.int32()), rows.num_rows),
+    }
+    return pa.table(columns, schema=ERROR_SCHEMA)
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def brief(message: object) -> str:
+    """At most MAX_MESSAGE_BYTES of UTF-8 on one line."""
+    text = " ".join(str(message).split())
+    return text.encode(errors="replace")[:MAX_MESSAGE_BYTES].decode(errors="ignore")
