@@ -26,12 +26,13 @@ class Request:
 class Generated:
     """One generated sequence: new tokens only (no start token, no prompt), the stop token included if one was produced.
 
-    `score` is the sum of log-probabilities of the new tokens under the model's raw distribution; for beam search divided
-    by length ** length_penalty as in transformers. `finish_reason` is "stop" or "length".
+    `score` is the sum of log-probabilities of the new tokens under the model's own distribution, or None unless
+    `output_scores` is set; for beam search it is always there, taken after the constraints and divided by
+    length ** length_penalty, as in transformers. `finish_reason` is "stop" or "length".
     """
 
     token_ids: list[int]
-    score: float
+    score: float | None
     finish_reason: str
 
 

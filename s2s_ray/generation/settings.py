@@ -14,7 +14,7 @@ class GenerationSettings:
 
     Lengths are in tokens. `max_length` counts the decoder's start token and prompt, as in transformers and KerasHub;
     `max_new_tokens` does not and wins when both are set. `top_k=0`, `top_p=1.0`, `typical_p=1.0` and `min_p=0.0` switch
-    those filters off. Raises SettingsError when a value is out of range.
+    those filters off. `output_scores` asks for the sum of log-probabilities where the search does not need it anyway. Raises SettingsError when a value is out of range.
     """
 
     max_length: int | None = None
@@ -43,6 +43,7 @@ class GenerationSettings:
     pad_token_id: int = 0
     eos_token_id: tuple[int, ...] = ()
     seed: int = 0
+    output_scores: bool = False
 
     def __post_init__(self) -> None:
         for name in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens"):
@@ -99,6 +100,18 @@ class GenerationSettings:
             limit = prompt_length + self.max_new_tokens
         return min(limit, family_limit) if family_limit is not None else limit
 
+    def to_config(self) -> dict[str, Any]:
+        """The settings that differ from their defaults, as `generation_config.json` holds them."""
+        changed = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default and field.name not in ("seed", "output_scores"):
+                changed[field.name] = list(value) if isinstance(value, tuple) else value
+        changed |= {name: getattr(self, name) for name in ("decoder_start_token_id", "pad_token_id")}
+        if len(self.eos_token_id) == 1:
+            changed["eos_token_id"] = self.eos_token_id[0]
+        return changed
+
     @classmethod
     def from_configs(cls, *configs: Mapping[str, Any]) -> "GenerationSettings":
         """Merge dictionaries in the style of `generation_config.json`; later ones win, unknown keys and nulls are ignored."""
@@ -109,6 +122,8 @@ class GenerationSettings:
             merged["decoder_start_token_id"] = next(
                 (c["bos_token_id"] for c in reversed(configs) if c.get("bos_token_id") is not None), 0
             )
+        if merged.get("do_sample"):
+            merged.setdefault("top_k", 50)  # transformers' default where a checkpoint samples and says no more
         return cls(**merged)
 
 

@@ -1,0 +1,157 @@
+"""Keys and values of the rows being decoded.
+
+A cohort is a set of rows admitted together: one encoder batch, one tight cross-attention cache, one age. The cache of a
+step is a list of cohorts: every linear layer of the decoder runs over all of their sequences at once, attention runs
+cohort by cohort, so no row attends over another's padding or age.
+
+The beams of a row share its cross-attention keys and values. Their self-attention keys and values are written once, where
+they were computed, and never moved: which of them a beam's history consists of is an ancestry mask, so `reorder` is a
+gather over booleans.
+
+Dimensions: R rows of a cohort, W width (beams or parallel samples of a row), N sum of R x W, H heads, K head size,
+S source length, T positions decoded so far.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_GROWTH = 32  # positions; the self-attention buffers double from here
+
+
+class Cohort:
+    """Cross- and self-attention caches of rows of one age. Raises nothing by itself; memory errors are torch's."""
+
+    def __init__(
+        self, cross: Sequence[tuple[Tensor, Tensor]], padding_mask: Tensor | None, *, width: int, num_heads: int, scale: float
+    ) -> None:
+        """cross: per layer key and value `[R, S, D]`; padding_mask bool `[R, S]`, True for tokens, None without padding."""
+        self.width = width
+        self.num_heads = num_heads
+        self.scale = scale
+        self.num_rows = cross[0][0].shape[0]
+        self.cross = [(self._heads(key), self._heads(value)) for key, value in cross]
+        self.source_length = cross[0][0].shape[1]
+        self.cross_bias: Tensor | None = None
+        if padding_mask is not None:
+            bias = torch.zeros(padding_mask.shape, dtype=cross[0][0].dtype, device=cross[0][0].device)
+            bias.masked_fill_(~padding_mask, float("-inf"))
+            self.cross_bias = bias[:, None, None]
+        self.age = 0
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._ancestry: Tensor | None = None
+        self._self_bias: Tensor | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        """R x W."""
+        return self.num_rows * self.width
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).contiguous()  # [R, S, D] -> [R, H, S, K]
+
+    def begin_step(self) -> None:
+        """Make room for one more position and fix which cached positions each sequence may see."""
+        capacity = self._keys[0].shape[2] // self.width if self._keys else 0
+        if self.age == capacity:
+            self._grow(max(_GROWTH, 2 * capacity))
+        if self.width > 1:
+            self._begin_ancestry()
+
+    def _begin_ancestry(self) -> None:
+        own = torch.eye(self.width, dtype=torch.bool, device=self.cross[0][0].device).expand(self.num_rows, -1, -1)
+        self._ancestry = own if self._ancestry is None else torch.cat((self._ancestry, own), dim=-1)
+        bias = torch.zeros(self._ancestry.shape, dtype=self.cross[0][0].dtype, device=self._ancestry.device)
+        self._self_bias = bias.masked_fill_(~self._ancestry, float("-inf"))[:, None]  # [R, 1, W, T x W]
+
+    def _grow(self, capacity: int) -> None:
+        reference = self.cross[0][0]
+        shape = (self.num_rows, self.num_heads, capacity * self.width, reference.shape[-1])
+        used = self.age * self.width
+        for buffers in (self._keys, self._values):
+            old = list(buffers)
+            buffers[:] = [reference.new_empty(shape) for _ in self.cross]
+            for new, previous in zip(buffers, old, strict=False):
+                new[:, :, :used] = previous[:, :, :used]
+
+    def attend_self(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query, key, value `[R x W, D]` of the newest position to its attention output `[R x W, D]`."""
+        start, end = self.age * self.width, (self.age + 1) * self.width
+        self._keys[layer][:, :, start:end] = self._query_heads(key)
+        self._values[layer][:, :, start:end] = self._query_heads(value)
+        return self._attend(query, self._keys[layer][:, :, :end], self._values[layer][:, :, :end], self._self_bias)
+
+    def attend_cross(self, layer: int, query: Tensor) -> Tensor:
+        """query `[R x W, D]` to its attention output over the row's source, `[R x W, D]`."""
+        return self._attend(query, *self.cross[layer], self.cross_bias)
+
+    def _query_heads(self, x: Tensor) -> Tensor:
+        return x.view(self.num_rows, self.width, self.num_heads, -1).transpose(1, 2)  # [R x W, D] -> [R, H, W, K]
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        scores = torch.matmul(self._query_heads(query * self.scale), keys.transpose(2, 3))
+        if bias is not None:
+            scores += bias
+        heads = torch.matmul(scores.softmax(dim=-1), values)
+        return heads.transpose(1, 2).reshape(query.shape)
+
+    def end_step(self) -> None:
+        """The position written in this step now belongs to the history."""
+        self.age += 1
+
+    def reorder(self, parents: Tensor) -> None:
+        """Continue sequence w of row r from the history of sequence `parents[r, w]`; parents int64 `[R, W]`."""
+        if self._ancestry is not None:
+            index = parents[:, :, None].expand(-1, -1, self._ancestry.shape[-1])
+            self._ancestry = self._ancestry.gather(1, index)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop every row but `rows` (int64 `[R']`), and the padding that only they needed."""
+        self.num_rows = rows.numel()
+        self.cross = [(key[rows], value[rows]) for key, value in self.cross]
+        self.cross_bias = None if self.cross_bias is None else self.cross_bias[rows]
+        used = self.age * self.width
+        self._keys = [_kept(buffer, rows, used) for buffer in self._keys]
+        self._values = [_kept(buffer, rows, used) for buffer in self._values]
+        self._ancestry = None if self._ancestry is None else self._ancestry[rows]
+
+
+def _kept(buffer: Tensor, rows: Tensor, used: int) -> Tensor:
+    kept = buffer.new_empty((rows.numel(), *buffer.shape[1:]))
+    kept[:, :, :used] = buffer[rows, :, :used]
+    return kept
+
+
+class DecoderCache:
+    """The cohorts of one decoding step, in the order in which their sequences lie in the batch."""
+
+    def __init__(self, cohorts: Sequence[Cohort]) -> None:
+        self.cohorts = cohorts
+        self._sizes = [cohort.num_sequences for cohort in cohorts]
+
+    def begin_step(self) -> None:
+        """To be called before the first layer of a step."""
+        for cohort in self.cohorts:
+            cohort.begin_step()
+
+    def end_step(self) -> None:
+        """To be called after the last layer of a step."""
+        for cohort in self.cohorts:
+            cohort.end_step()
+
+    def positions(self, device: torch.device) -> Tensor:
+        """The position of the token that each sequence now adds, int64 `[N]`, from 0."""
+        ages = torch.tensor([cohort.age for cohort in self.cohorts])
+        return torch.repeat_interleave(ages, torch.tensor(self._sizes)).to(device, non_blocking=True)
+
+    def attend_self(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query, key, value `[N, D]` to the attention output `[N, D]` over each sequence's own history."""
+        parts = zip(self.cohorts, *(t.split(self._sizes) for t in (query, key, value)), strict=True)
+        return torch.cat([cohort.attend_self(layer, q, k, v) for cohort, q, k, v in parts])
+
+    def attend_cross(self, layer: int, query: Tensor) -> Tensor:
+        """query `[N, D]` to the attention output `[N, D]` over each row's source."""
+        parts = zip(self.cohorts, query.split(self._sizes), strict=True)
+        return torch.cat([cohort.attend_cross(layer, q) for cohort, q in parts])

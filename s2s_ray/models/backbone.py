@@ -1,0 +1,156 @@
+"""The contract of an encoder-decoder model, and what all families share.
+
+Dimensions: B rows, S source, T target, N rows x beams, D model, V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from s2s_ray.generation.cache import Cohort, DecoderCache
+from s2s_ray.nn.layers import DecoderLayer, EncoderLayer
+from s2s_ray.nn.linear import Projection, pack_weight
+
+
+class Backbone(nn.Module, ABC):
+    """An encoder-decoder network without text handling.
+
+    A family sets `checkpoint_names` (pieces of our parameter names and what the checkpoint calls them, applied in order),
+    `checkpoint_aliases` (other checkpoint names that may hold, or repeat, the same tensor) and `optional_parameters` (ours,
+    left as initialised when the checkpoint has none), builds `encoder_layers` and `decoder_layers`, and says how tokens are
+    embedded and how hidden states become logits. Everything here follows.
+    """
+
+    model_type: ClassVar[str]
+    checkpoint_names: ClassVar[tuple[tuple[str, str], ...]]
+    checkpoint_aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    optional_parameters: ClassVar[frozenset[str]] = frozenset()
+
+    encoder_layers: nn.ModuleList
+    decoder_layers: nn.ModuleList
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = dict(config)
+        self._packed_head: Projection | None = None
+
+    # What a family says.
+
+    @property
+    @abstractmethod
+    def vocabulary_size(self) -> int:
+        """V, the width of the logits."""
+
+    @property
+    @abstractmethod
+    def max_source_length(self) -> int | None:
+        """The most source tokens the encoder has positions for; None when there is no limit."""
+
+    @property
+    @abstractmethod
+    def max_target_length(self) -> int | None:
+        """The most decoder tokens (start token included) there are positions for; None when there is no limit."""
+
+    @abstractmethod
+    def embed_source(self, token_ids: Tensor, padding_mask: Tensor) -> Tensor:
+        """token_ids int64 `[B, S]`, padding_mask bool `[B, S]` to `[B, S, D]`."""
+
+    @abstractmethod
+    def embed_target(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """token_ids int64 `[...]`, positions int64 of the same shape (from 0) to `[..., D]`."""
+
+    @abstractmethod
+    def output_head(self) -> tuple[Tensor, Tensor | None]:
+        """The output projection's weight `[V, D]` and its bias `[V]` or None."""
+
+    def finish_encoder(self, x: Tensor) -> Tensor:
+        """What follows the last encoder layer (a final norm in some families)."""
+        return x
+
+    def finish_decoder(self, x: Tensor) -> Tensor:
+        """What follows the last decoder layer."""
+        return x
+
+    # What generation and training call.
+
+    def encode(self, token_ids: Tensor, padding_mask: Tensor) -> Tensor:
+        """token_ids int64 `[B, S]`, padding_mask bool `[B, S]`, True for tokens, to memory `[B, S, D]`."""
+        mask = None if bool(padding_mask.all()) else padding_mask[:, None, None]
+        x = self.embed_source(token_ids, padding_mask)
+        for layer in self.encoder_layers:
+            x = layer(x, mask)
+        return self.finish_encoder(x)
+
+    def init_cache(self, memory: Tensor, padding_mask: Tensor, width: int = 1) -> Cohort:
+        """Project memory `[B, S, D]` once to every layer's cross-attention keys and values, shared by `width` sequences a row."""
+        attentions = [layer.cross_attention for layer in self.decoder_layers if isinstance(layer, DecoderLayer)]
+        cross = [attention.project_memory(memory) for attention in attentions]
+        padded = None if bool(padding_mask.all()) else padding_mask
+        return Cohort(cross, padded, width=width, num_heads=attentions[0].num_heads, scale=attentions[0].scale)
+
+    def decode(self, token_ids: Tensor, cache: DecoderCache) -> Tensor:
+        """One step: the newest token of each sequence, int64 `[N]`, to logits fp32 `[N, V]`; the cache advances by one."""
+        cache.begin_step()
+        x = self.embed_target(token_ids, cache.positions(token_ids.device))
+        for index, layer in enumerate(self.decoder_layers):
+            x = layer.step(x, cache, index)  # type: ignore[operator]
+        cache.end_step()
+        return self.logits(self.finish_decoder(x)).float()
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Teacher-forced logits `[B, T, V]`.
+
+        batch: `encoder_token_ids` int `[B, S]`, `encoder_padding_mask` bool `[B, S]`, `decoder_token_ids` int `[B, T]`.
+        """
+        source, mask = batch["encoder_token_ids"].long(), batch["encoder_padding_mask"].bool()
+        target = batch["decoder_token_ids"].long()
+        memory = self.encode(source, mask)
+        x = self.embed_target(target, torch.arange(target.shape[1], device=target.device).expand_as(target))
+        for layer in self.decoder_layers:
+            x = layer(x, memory, mask[:, None, None])
+        return self.logits(self.finish_decoder(x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states `[..., D]` to logits `[..., V]`."""
+        if self._packed_head is not None:
+            return self._packed_head(x)
+        return F.linear(x, *self.output_head())
+
+    # Packed weights: made for generation, dropped whenever the parameters may change.
+
+    def pack(self) -> None:
+        """Switch to evaluation and to packed weights. Idempotent."""
+        if self._packed_head is not None:
+            return
+        self.eval()
+        for layer in (*self.encoder_layers, *self.decoder_layers):
+            if isinstance(layer, (EncoderLayer, DecoderLayer)):
+                layer.pack()
+        self._packed_head = pack_weight(*self.output_head())
+
+    def unpack(self) -> None:
+        """Drop the packed weights."""
+        self._packed_head = None
+        for module in self.modules():
+            if module is not self and hasattr(module, "unpack"):
+                module.unpack()
+
+    def train(self, mode: bool = True) -> Self:
+        """As torch's; entering training drops the packed weights."""
+        if mode:
+            self.unpack()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.unpack()
+        return super()._apply(fn, recurse)
+
+    def checkpoint_name(self, name: str) -> str:
+        """The name a parameter of ours has in the family's checkpoints."""
+        for ours, theirs in self.checkpoint_names:
+            name = name.replace(ours, theirs)
+        return name

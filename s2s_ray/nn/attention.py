@@ -1,0 +1,87 @@
+"""Multi-head attention: one module for encoder, decoder and cross-attention.
+
+Dimensions: B rows, S source, T target or query length, N rows x beams, H heads, K head size, D model.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from s2s_ray.nn.linear import Projection, pack_linear
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention with separate query, key, value and output projections.
+
+    `forward` is the whole-sequence path of training and encoding. Generation uses `project`, `project_memory` and `output`
+    around a cache that does the attention itself, on the packed weights that `pack` makes.
+    """
+
+    def __init__(self, hidden_dim: int, num_heads: int, *, dropout: float = 0.0, bias: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = hidden_dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.dropout = dropout
+        self.query = nn.Linear(hidden_dim, hidden_dim, bias=bias)
+        self.key = nn.Linear(hidden_dim, hidden_dim, bias=bias)
+        self.value = nn.Linear(hidden_dim, hidden_dim, bias=bias)
+        self.out = nn.Linear(hidden_dim, hidden_dim, bias=bias)
+        self._packed: dict[str, Projection] = {}
+
+    def forward(
+        self, x: Tensor, memory: Tensor | None = None, *, mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
+        """x `[B, T, D]`, memory `[B, S, D]` (None: x itself), mask bool `[B, 1, 1 or T, S]`, True to attend."""
+        query, key, value = self._project_all(x, memory)
+        heads = F.scaled_dot_product_attention(
+            *(self._split(t) for t in (query, key, value)),
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+            scale=self.scale,
+        )
+        return self.output(heads.transpose(1, 2).flatten(2))
+
+    def _project_all(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if memory is None and "qkv" in self._packed:
+            query, key, value = self.project(x)
+            return query, key, value
+        source = x if memory is None else memory
+        return self.query(x), self.key(source), self.value(source)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # [B, T, D] -> [B, H, T, K]
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x `[..., D]` to its query, key and value, each `[..., D]`."""
+        if "qkv" in self._packed:
+            query, key, value = self._packed["qkv"](x).chunk(3, dim=-1)
+            return query, key, value
+        return self.query(x), self.key(x), self.value(x)
+
+    def project_query(self, x: Tensor) -> Tensor:
+        """x `[..., D]` to its query `[..., D]`."""
+        return self._packed.get("query", self.query)(x)
+
+    def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """memory `[B, S, D]` to cross-attention keys and values, each `[B, S, D]`."""
+        if "kv" in self._packed:
+            key, value = self._packed["kv"](memory).chunk(2, dim=-1)
+            return key, value
+        return self.key(memory), self.value(memory)
+
+    def output(self, x: Tensor) -> Tensor:
+        """The joined heads `[..., D]` through the output projection."""
+        return self._packed.get("out", self.out)(x)
+
+    def pack(self, *, cross: bool) -> None:
+        """Pack the projections for generation; `cross` says which of the two sets this module uses."""
+        if cross:
+            self._packed = {"query": pack_linear(self.query), "kv": pack_linear(self.key, self.value)}
+        else:
+            self._packed = {"qkv": pack_linear(self.query, self.key, self.value)}
+        self._packed["out"] = pack_linear(self.out)
+
+    def unpack(self) -> None:
+        """Forget the packed weights."""
+        self._packed = {}
