@@ -95,6 +95,12 @@ class Ragged:
         return cls(np.fromiter((i for row in rows for i in row), dtype=np.int32, count=int(lengths.sum())), lengths)
 
     @classmethod
+    def from_arrays(cls, rows: Sequence[NDArray[np.int32]]) -> "Ragged":
+        """A copy of the rows, each an int32 array."""
+        empty = np.empty(0, np.int32)
+        return cls(np.concatenate([empty, *rows]), np.array([len(row) for row in rows], dtype=np.int64))
+
+    @classmethod
     def concatenate(cls, parts: Sequence["Ragged"]) -> "Ragged":
         """All parts' rows in order; no part is an empty Ragged."""
         empty = np.empty(0, np.int32), np.empty(0, np.int64)
