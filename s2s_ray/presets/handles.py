@@ -27,7 +27,7 @@ _HUB = re.compile(
     r"hf://(?P<repository>[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95})"
     r"(@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{0,127}))?"
 )
-_KAGGLE = re.compile(r"kaggle://[A-Za-z0-9_-]+(/[A-Za-z0-9._-]+){1,4}")
+_KAGGLE = re.compile(r"kaggle://[A-Za-z0-9_-]+(/[A-Za-z0-9][A-Za-z0-9._-]*){1,4}")
 
 
 class HandleKind(StrEnum):
@@ -90,5 +90,5 @@ def _store(parent: str, handle: str) -> str:
 def _location(text: str) -> str:
     try:
         return Location.parse(text).url
-    except InputError as error:
+    except (InputError, RuntimeError) as error:  # RuntimeError: pathlib knows no home directory of ~name
         raise PresetError(f"not a preset: {error}") from error

@@ -203,7 +203,7 @@ POISON: list[tuple[Any, RowErrorReason | None]] = [
     (b"\xed\xa0\x80", RowErrorReason.INVALID_UTF8),
     ("\ud800", RowErrorReason.INVALID_UTF8),
     ("text \udfff text", RowErrorReason.INVALID_UTF8),
-    ("😀"[:0] + "\ud83d", RowErrorReason.INVALID_UTF8),
+    ("\ud83d", RowErrorReason.INVALID_UTF8),
     ("x" * (2**20 + 1), RowErrorReason.TOO_LONG),
     ("é" * (2**19 + 1), RowErrorReason.TOO_LONG),
     ("x" * 2**20, None),
