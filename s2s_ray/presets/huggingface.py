@@ -5,7 +5,7 @@ from pathlib import Path
 from s2s_ray.errors import InfrastructureError, PresetError
 
 # Never *.bin, *.h5, *.msgpack or Python files. "*" also matches "/", hence the second list.
-_ALLOWED = ["*.json", "*.txt", "*.safetensors", "*.model", "*.spm"]
+_ALLOWED = ["*.json", "*.txt", "*.safetensors", "*.model", "*.spm", "*.md"]
 _IGNORED = ["*/*"]
 
 

@@ -21,7 +21,7 @@ def write_preset(directory: Path, seed: int, size: int = 2000) -> Path:
     directory.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     save_file({"w": rng.standard_normal(size, dtype=np.float32)}, directory / "model.safetensors")
-    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "README.md"):
         (directory / name).write_text(f'{{"seed": {seed}}}')
     return directory
 

@@ -67,7 +67,7 @@ def fetch_race(source: Path, root: Path, digest: str, trials: int, locked: bool)
 
 
 def publish_race(url: str, sources: Path, name: str, rounds: int) -> None:
-    """A round: all want one number and one gets it; then all want the next, each gets its own, and one reads meanwhile."""
+    """A round: all want one number, one gets it; then all want the next, each gets its own, and one reads meanwhile."""
     store, directories = PresetStore(url), sorted(sources.iterdir())
     digests = {Manifest.of_directory(d).digest for d in directories}
     for round_number in range(rounds):
