@@ -120,8 +120,11 @@ class Ledger:
                 f"unit {unit} must have {planned_rows} rows. Received: {shard.rows}, and {shard.error_rows} in error"
             )
         attempt = uuid.uuid4().hex
-        data = self._write(self.data, unit, attempt, shard.data)
-        errors = self._write(self.errors, unit, attempt, shard.errors) if shard.errors is not None else None
+        try:
+            data = self._write(self.data, unit, attempt, shard.data)
+            errors = self._write(self.errors, unit, attempt, shard.errors) if shard.errors is not None else None
+        except FileNotFoundError:
+            return self.read(unit)  # another driver has published and removed the directory
         failpoint("commit.before")
         record = Commit(
             unit, attempt, shard.rows, shard.error_rows, shard.num_tokens, dict(shard.reasons), data, errors
