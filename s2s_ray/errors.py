@@ -1,7 +1,7 @@
 """Every error raised on purpose, with the exit code a job ends with, and the reasons a single row may fail for.
 
-Exit codes: 0 clean, 2 plan or usage error, 3 done with error rows within the allowed rate, 4 error rate exceeded,
-5 fingerprint mismatch, 6 owned by another job, 7 preset integrity, 8 output does not verify, 75 retryable infrastructure.
+Exit codes: 0 clean, 2 plan or usage error, 3 done with error rows within the allowed rate, 4 error rate exceeded, 5
+fingerprint mismatch, 6 owned by another job, 7 preset integrity, 8 output does not verify, 75 retryable infrastructure.
 """
 
 from enum import StrEnum

@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ from s2s_ray.generation.requests import Finished, Request
 from s2s_ray.generation.settings import GenerationSettings
 from s2s_ray.models.backbone import Backbone
 from s2s_ray.models.loading import build_backbone, save_weights
-from s2s_ray.presets.manifest import seal
+from s2s_ray.presets.saving import new_preset
 from s2s_ray.task_inputs import Calls, GeneratedText, read_inputs
 from s2s_ray.text.preprocessor import Seq2SeqLMPreprocessor
 from s2s_ray.text.tokenizer import read_json_object
@@ -98,9 +96,9 @@ class Seq2SeqLM:
     ) -> "Seq2SeqLM":
         """Load a preset: a built-in name, a directory, `hf://org/name[@revision]`, a URL, or `name@version` of a store.
 
-        load_weights=False initialises randomly. dtype: "float32" (default), "bfloat16" or "float16". device: as torch's,
-        default "cpu". The lengths, in tokens, and `source_prefix` override the preset's preprocessor. Raises PresetError,
-        PresetIntegrityError or UnsupportedModelError.
+        load_weights=False initialises randomly. dtype: "float32" (default), "bfloat16" or "float16". device: as
+        torch's, default "cpu". The lengths, in tokens, and `source_prefix` override the preset's preprocessor. Raises
+        PresetError, PresetIntegrityError or UnsupportedModelError.
         """
         if quantization is not None:
             raise SettingsError(f"quantization must be None: int8 is not there yet. Received: {quantization!r}")
@@ -140,9 +138,9 @@ class Seq2SeqLM:
     ) -> None:
         """Choose how to train and how to generate. An unknown name raises SettingsError that lists the known ones.
 
-        optimizer: "auto" is Adam(2e-5). loss: "auto" is cross-entropy from logits over real tokens. weighted_metrics: "auto"
-        is token accuracy. sampler: a name, a class, or an instance of `s2s_ray.samplers`; None goes back to the preset's
-        own generation settings.
+        optimizer: "auto" is Adam(2e-5). loss: "auto" is cross-entropy from logits over real tokens. weighted_metrics:
+        "auto" is token accuracy. sampler: a name, a class, or an instance of `s2s_ray.samplers`; None goes back to the
+        preset's own generation settings.
         """
         from s2s_ray.training.compiled import check_compiled
 
@@ -155,6 +153,12 @@ class Seq2SeqLM:
         from s2s_ray.training.fit import fit
 
         return fit(self, x, y, **options)
+
+    def evaluate(self, x: Any = None, y: Any = None, **options: Any) -> dict[str, float]:
+        """Loss and metrics without training; see `s2s_ray.training.fit.evaluate`."""
+        from s2s_ray.training.fit import evaluate
+
+        return evaluate(self, x, y, **options)
 
     def __call__(self, x: Mapping[str, Any]) -> torch.Tensor:
         """Teacher-forced logits `[B, T, V]` of a batch as the preprocessor makes it."""
@@ -193,17 +197,18 @@ class Seq2SeqLM:
         """Generate from text; what goes in decides what comes out.
 
         A string gives a string, a list, tuple, NumPy or Arrow array a list. A dictionary holds `encoder_text` and maybe
-        `decoder_text`, a prompt the output continues and, unless `strip_prompt`, begins with. An iterator or DataLoader of
-        any of these gives one list. A dictionary of `encoder_token_ids` (with `encoder_padding_mask`, `decoder_token_ids`,
-        `decoder_padding_mask`, all optional, `[B, S]` and `[B, T]`) gives a dictionary of `decoder_token_ids` and
-        `decoder_padding_mask`, and is the form for a task without preprocessor.
+        `decoder_text`, a prompt the output continues and, unless `strip_prompt`, begins with. An iterator or DataLoader
+        of any of these gives one list. A dictionary of `encoder_token_ids` (with `encoder_padding_mask`,
+        `decoder_token_ids`, `decoder_padding_mask`, all optional, `[B, S]` and `[B, T]`) gives a dictionary of
+        `decoder_token_ids` and `decoder_padding_mask`, and is the form for a task without preprocessor.
 
-        max_length: tokens, start token and prompt included; default the preset's. stop_token_ids: "auto" (the preset's),
-        None (run to the limit), an id or several. sampler: as in `compile`, for this call. seed, row_ids: a row's draws
-        depend on these two alone; row ids default to 0, 1, ... num_return_sequences > 1 gives a list for each row.
-        return_scores: gives (outputs, scores). return_details: gives GeneratedText in place of strings. batch_tokens: source
-        tokens x beams decoded at one time. settings: any field of GenerationSettings. Every setting also takes a list with
-        one value per row. Raises SettingsError or TypeError for settings, TokenizationError for text that cannot be read.
+        max_length: tokens, start token and prompt included; default the preset's. stop_token_ids: "auto" (the
+        preset's), None (run to the limit), an id or several. sampler: as in `compile`, for this call. seed, row_ids: a
+        row's draws depend on these two alone; row ids default to 0, 1, ... num_return_sequences > 1 gives a list for
+        each row. return_scores: gives (outputs, scores). return_details: gives GeneratedText in place of strings.
+        batch_tokens: source tokens x beams decoded at one time. settings: any field of GenerationSettings. Every
+        setting also takes a list with one value per row. Raises SettingsError or TypeError for settings,
+        TokenizationError for text that cannot be read.
         """
         chosen = self.sampler if sampler is None else samplers.get(sampler)
         base = self.generation_settings if chosen is None else self.generation_settings.replace(**chosen.settings())
@@ -257,7 +262,9 @@ class Seq2SeqLM:
             raise SettingsError("score needs a preprocessor: load the task with from_preset")
         pairs = sources if targets is None else {"encoder_text": sources, "decoder_text": targets}
         single = isinstance(pairs["encoder_text"], str)
-        source_texts, target_texts = ([t] if single else list(t) for t in (pairs["encoder_text"], pairs["decoder_text"]))
+        source_texts, target_texts = (
+            [t] if single else list(t) for t in (pairs["encoder_text"], pairs["decoder_text"])
+        )
         self.backbone.eval()
         rows: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(source_texts)
         for batch in self._score_batches(source_texts):
@@ -285,23 +292,8 @@ class Seq2SeqLM:
 
         An existing preset there is replaced; any other non-empty directory raises PresetError.
         """
-        target = Path(preset_dir).absolute()
-        if target.exists() and not (target / "config.json").exists() and any(target.iterdir()):
-            raise PresetError(f"save_to_preset needs a new, empty or preset directory. Received: {target}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-        draft.mkdir()
-        try:
-            self._write(draft)
-            if target.exists():
-                old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-                target.rename(old)
-                draft.rename(target)
-                shutil.rmtree(old)
-            else:
-                draft.rename(target)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        with new_preset(Path(preset_dir)) as directory:
+            self._write(directory)
 
     def _write(self, directory: Path) -> None:
         dtype = str(next(self.backbone.parameters()).dtype).removeprefix("torch.")
@@ -312,7 +304,6 @@ class Seq2SeqLM:
         if self.preprocessor is not None:
             self.preprocessor.save(directory)
         save_weights(self.backbone, directory)
-        seal(directory)
 
 
 def _generation_settings(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> GenerationSettings:

@@ -1,4 +1,6 @@
-"""What `Seq2SeqLM.generate` takes and gives: every form of input becomes rows, and the rows' answers take that form again."""
+"""What `Seq2SeqLM.generate` takes and gives: every form of input becomes rows, and the rows' answers take that form
+again.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

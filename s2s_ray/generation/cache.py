@@ -4,9 +4,9 @@ A cohort is a set of rows admitted together: one encoder batch, one tight cross-
 step is a list of cohorts: every linear layer of the decoder runs over all of their sequences at once, attention runs
 cohort by cohort, so no row attends over another's padding or age.
 
-The beams of a row share its cross-attention keys and values. Their self-attention keys and values are written once, where
-they were computed, and never moved: which of them a beam's history consists of is an ancestry mask, so `reorder` is a
-gather over booleans.
+The beams of a row share its cross-attention keys and values. Their self-attention keys and values are written once,
+where they were computed, and never moved: which of them a beam's history consists of is an ancestry mask, so `reorder`
+is a gather over booleans.
 
 Dimensions: R rows of a cohort, W width (beams or parallel samples of a row), N sum of R x W, H heads, K head size,
 S source length, T positions decoded so far.
@@ -24,9 +24,17 @@ class Cohort:
     """Cross- and self-attention caches of rows of one age. Raises nothing by itself; memory errors are torch's."""
 
     def __init__(
-        self, cross: Sequence[tuple[Tensor, Tensor]], padding_mask: Tensor | None, *, width: int, num_heads: int, scale: float
+        self,
+        cross: Sequence[tuple[Tensor, Tensor]],
+        padding_mask: Tensor | None,
+        *,
+        width: int,
+        num_heads: int,
+        scale: float,
     ) -> None:
-        """cross: per layer key and value `[R, S, D]`; padding_mask bool `[R, S]`, True for tokens, None without padding."""
+        """cross: per layer key and value `[R, S, D]`; padding_mask bool `[R, S]`, True for tokens, None without
+        padding.
+        """
         self.width = width
         self.num_heads = num_heads
         self.scale = scale

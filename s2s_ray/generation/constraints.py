@@ -1,8 +1,9 @@
-"""What may not, or must, come next: the score processors of transformers, vectorised over rows with settings of their own.
+"""What may not, or must, come next: the score processors of transformers, vectorised over rows with settings of their
+own.
 
 The order is transformers' (`generation/utils.py`, `_get_logits_processor`): repetition penalty, n-gram ban, n-gram ban
-against the source, bad words, min length, forced first token, forced last token, suppressed tokens. Tables are made when
-rows join or leave; a step only runs the processors that some row asked for.
+against the source, bad words, min length, forced first token, forced last token, suppressed tokens. Tables are made
+when rows join or leave; a step only runs the processors that some row asked for.
 
 Dimensions: N sequences (rows x width), L history length, V vocabulary, S source length.
 """
@@ -37,7 +38,12 @@ class Constraints:
     """The processors that a set of rows asked for, each with its tables on the device."""
 
     def __init__(
-        self, requests: Sequence[Request], prompt_lengths: Sequence[int], limits: Sequence[int], width: int, device: torch.device
+        self,
+        requests: Sequence[Request],
+        prompt_lengths: Sequence[int],
+        limits: Sequence[int],
+        width: int,
+        device: torch.device,
     ) -> None:
         """One entry per row; each row stands for `width` neighbouring sequences. Lengths count start token and prompt."""
         self._device = device
@@ -140,7 +146,9 @@ class Constraints:
             max(s.min_length, prompt + s.min_new_tokens if s.min_new_tokens else 0)
             for s, prompt in zip(self._settings, prompt_lengths, strict=True)
         ]
-        for eos in sorted({s.eos_token_id for s, least in zip(self._settings, shortest, strict=True) if least and s.eos_token_id}):
+        for eos in sorted(
+            {s.eos_token_id for s, least in zip(self._settings, shortest, strict=True) if least and s.eos_token_id}
+        ):
             least = [n if s.eos_token_id == eos else 0 for n, s in zip(shortest, self._settings, strict=True)]
             minimum = self._per_sequence(least, torch.int64)
             ids = torch.tensor(eos, dtype=torch.int64, device=self._device)

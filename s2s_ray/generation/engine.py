@@ -1,7 +1,7 @@
 """Requests in, finished rows out: the one loop of greedy search, sampling and beam search.
 
-Rows wait in the scheduler, are admitted a cohort at a time (encoded together, cross-attention projected once), and share
-every decoder step with all other live rows. A finished row is answered at once and its slot is refilled.
+Rows wait in the scheduler, are admitted a cohort at a time (encoded together, cross-attention projected once), and
+share every decoder step with all other live rows. A finished row is answered at once and its slot is refilled.
 """
 
 from collections.abc import Hashable, Iterable, Iterator

@@ -1,7 +1,8 @@
 """Samplers: how scores become the next token. None of them owns a loop.
 
-The names and defaults are KerasHub's (`keras_hub.samplers`). A built-in sampler is a set of generation settings, which the
-engine applies to all rows at once; a subclass that overrides `get_next_token` is called with the probabilities instead.
+The names and defaults are KerasHub's (`keras_hub.samplers`). A built-in sampler is a set of generation settings, which
+the engine applies to all rows at once; a subclass that overrides `get_next_token` is called with the probabilities
+instead.
 
 Dimensions: N sequences, V vocabulary, C candidates.
 """
@@ -101,7 +102,9 @@ class TopPSampler(RandomSampler):
 
     name = "top_p"
 
-    def __init__(self, p: float = 0.1, k: int | None = None, seed: int | None = None, *, temperature: float = 1.0) -> None:
+    def __init__(
+        self, p: float = 0.1, k: int | None = None, seed: int | None = None, *, temperature: float = 1.0
+    ) -> None:
         super().__init__(temperature, seed=seed)
         self.p = p
         self.k = k
@@ -203,21 +206,13 @@ class Warpers:
             probabilities = scores.softmax(dim=-1)
             scores = scores.masked_fill(spare & (probabilities < self._min_p * probabilities[:, :1]), float("-inf"))
         if self._typical_p is not None:
-            scores = torch.where(spare, self._typical(scores), scores)
+            scores = _typical(scores, self._typical_p, self._keep)
         return scores, ids
 
-    def _typical(self, scores: Tensor) -> Tensor:
-        log_probabilities = scores.log_softmax(dim=-1)
-        probabilities = log_probabilities.exp()
-        entropy = -(log_probabilities * probabilities).nansum(dim=-1, keepdim=True)
-        distance = (-log_probabilities - entropy).abs()
-        order = distance.argsort(dim=-1, stable=True)
-        reached = probabilities.gather(1, order).cumsum(dim=-1)
-        beyond = (reached - probabilities.gather(1, order) >= self._typical_p) & (self._typical_p < 1.0)
-        return scores.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
-
     def sample(self, scores: Tensor, draws: Tensor) -> Tensor:
-        """scores fp32 `[N, V]` and draws fp64 `[N]` in [0, 1) to tokens int64 `[N]`, by the inverse of the cumulative sum."""
+        """scores fp32 `[N, V]` and draws fp64 `[N]` in [0, 1) to tokens int64 `[N]`, by the inverse of the cumulative
+        sum.
+        """
         scores, ids = self.filtered(scores)
         cumulative = scores.softmax(dim=-1).double().cumsum(dim=-1)
         chosen = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
@@ -228,3 +223,15 @@ class Warpers:
 
 
 _NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+
+
+def _typical(scores: Tensor, mass: Tensor, keep: Tensor) -> Tensor:
+    log_probabilities = scores.log_softmax(dim=-1)
+    probabilities = log_probabilities.exp()
+    entropy = -(log_probabilities * probabilities).nansum(dim=-1, keepdim=True)
+    distance = (-log_probabilities - entropy).abs()
+    order = distance.argsort(dim=-1, stable=True)
+    reached = probabilities.gather(1, order).cumsum(dim=-1)
+    spare = torch.arange(scores.shape[1], device=scores.device) >= keep
+    beyond = spare & (reached - probabilities.gather(1, order) >= mass) & (mass < 1.0)
+    return scores.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))

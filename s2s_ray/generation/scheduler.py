@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from s2s_ray.generation.requests import Request
 
 
+_COHORTS = 4  # at least so many share the slots, so that they empty and are refilled one after another
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """What may be decoded at one time.
 
-    `slots` counts sequences (rows x beams). `tokens` counts source tokens, padding included, times beams. `cohort_rows` is
-    how many rows are encoded together: on a CPU 8 to 16 keeps padding low and attention batched (docs/performance.md).
+    `slots` counts sequences (rows x beams). `tokens` counts source tokens, padding included, times beams. `cohort_rows`
+    is how many rows are encoded together: on a CPU 8 to 16 keeps padding low and attention batched
+    (docs/performance.md).
     """
 
     slots: int
@@ -41,16 +45,16 @@ class Scheduler:
     def next_cohort(self, used_slots: int, used_tokens: int) -> tuple[Hashable, list[Request]] | None:
         """The next rows to admit and their kind, or None while too little is free.
 
-        A cohort is held back until it can be full, so that freed slots do not trickle into cohorts of one row; a row that
-        exceeds the budget by itself runs alone.
+        A cohort is held back until it can be full, so that freed slots do not trickle into cohorts of one row; a row
+        that exceeds the budget by itself runs alone.
         """
         if not self._waiting:
             return None
         kind = max(self._waiting, key=lambda k: _length(self._waiting[k][-1]))
         queue, width = self._waiting[kind], self._widths[kind]
-        full = max(1, min(self.budget.cohort_rows, self.budget.slots // width))
         tokens_each = max(1, _length(queue[-1]) * width)
-        full = max(1, min(full, self.budget.tokens // tokens_each, len(queue)))
+        share = self.budget.slots // (_COHORTS * width)
+        full = max(1, min(self.budget.cohort_rows, share, self.budget.tokens // tokens_each, len(queue)))
         fits = full * width <= self.budget.slots - used_slots and full * tokens_each <= self.budget.tokens - used_tokens
         if used_slots and not fits:
             return None

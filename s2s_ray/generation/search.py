@@ -1,4 +1,5 @@
-"""The state of the rows being decoded, and how scores move it on: one class for sampling (greedy included), one for beams.
+"""The state of the rows being decoded, and how scores move it on: one class for sampling (greedy included), one for
+beams.
 
 A search holds rows of one width. All of it lives on the device; nothing here waits for the device but `collect`.
 
@@ -175,7 +176,9 @@ class Search(ABC):
         ids = tokens[self.prompt_lengths[row] : length]
         stopped = bool(ids) and ids[-1] in settings.eos_token_id
         forced = length >= self.limits[row] and settings.forced_eos_token_id is not None
-        return Generated(ids, score if self._scores_known(settings) else None, "stop" if stopped and not forced else "length")
+        return Generated(
+            ids, score if self._scores_known(settings) else None, "stop" if stopped and not forced else "length"
+        )
 
     def _scores_known(self, settings: GenerationSettings) -> bool:
         return settings.output_scores
@@ -185,7 +188,12 @@ class SampleSearch(Search):
     """Greedy search and sampling: each sequence goes its own way."""
 
     def __init__(
-        self, requests: Sequence[Request], limits: Sequence[int], width: int, device: torch.device, sampler: Sampler | None
+        self,
+        requests: Sequence[Request],
+        limits: Sequence[int],
+        width: int,
+        device: torch.device,
+        sampler: Sampler | None,
     ) -> None:
         self._sampler = sampler
         super().__init__(requests, limits, width, device)
@@ -202,7 +210,12 @@ class SampleSearch(Search):
     def _tables(self) -> None:
         super()._tables()
         self._scored = any(r.settings.output_scores for r in self.requests)
-        drawn = [row * self.width + w for row, r in enumerate(self.requests) if r.settings.do_sample for w in range(self.width)]
+        drawn = [
+            row * self.width + w
+            for row, r in enumerate(self.requests)
+            if r.settings.do_sample
+            for w in range(self.width)
+        ]
         self._drawn = torch.tensor(drawn, dtype=torch.int64, device=self.device) if drawn else None
         settings = [self.requests[n // self.width].settings for n in drawn]
         self._warpers = Warpers(settings, self.device) if drawn else None
@@ -292,7 +305,9 @@ class BeamSearch(Search):
         tokens = torch.where(reading[:, None], prompt, tokens)
         self.row["score"] = torch.where(reading[:, None], self.row["score"], ranked.values)
         history = self.row["tokens"].gather(1, parents[:, :, None].expand_as(self.row["tokens"]))
-        self.row["tokens"] = history.scatter(2, self.row["length"][:, None, None].expand(-1, width, 1), tokens[..., None])
+        self.row["tokens"] = history.scatter(
+            2, self.row["length"][:, None, None].expand(-1, width, 1), tokens[..., None]
+        )
         self.row["nonfinite"] |= ~(total[:, 0] < float("inf"))
         self._judge(reading, stops)
         return parents
@@ -337,7 +352,9 @@ class BeamSearch(Search):
         best_score, chosen = torch.cat((row["best_score"], score), dim=1).topk(width, dim=1)
         row["best_score"] = best_score
         row["best_tokens"] = pool.gather(1, chosen[:, :, None].expand(-1, -1, pool.shape[2]))
-        row["best_length"] = torch.cat((row["best_length"], (length + 1)[:, None].expand(-1, width)), dim=1).gather(1, chosen)
+        row["best_length"] = torch.cat((row["best_length"], (length + 1)[:, None].expand(-1, width)), dim=1).gather(
+            1, chosen
+        )
         row["ended"] = torch.cat((row["ended"], ending), dim=1).gather(1, chosen)
 
     def _judge(self, reading: Tensor, stops: Tensor) -> None:

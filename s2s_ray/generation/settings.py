@@ -14,7 +14,8 @@ class GenerationSettings:
 
     Lengths are in tokens. `max_length` counts the decoder's start token and prompt, as in transformers and KerasHub;
     `max_new_tokens` does not and wins when both are set. `top_k=0`, `top_p=1.0`, `typical_p=1.0` and `min_p=0.0` switch
-    those filters off. `output_scores` asks for the sum of log-probabilities where the search does not need it anyway. Raises SettingsError when a value is out of range.
+    those filters off. `output_scores` asks for the sum of log-probabilities where the search does not need it anyway.
+    Raises SettingsError when a value is out of range.
     """
 
     max_length: int | None = None
@@ -70,7 +71,10 @@ class GenerationSettings:
         finite = _is_number(self.length_penalty) and abs(self.length_penalty) < float("inf")
         _require(finite, "length_penalty", "a finite number", self.length_penalty)
         _require(
-            self.early_stopping in (True, False, "never"), "early_stopping", 'True, False or "never"', self.early_stopping
+            self.early_stopping in (True, False, "never"),
+            "early_stopping",
+            'True, False or "never"',
+            self.early_stopping,
         )
         _require(_is_int(self.seed) and abs(self.seed) < 2**63, "seed", "a 64-bit whole number", self.seed)
         if not self.do_sample:
@@ -92,8 +96,8 @@ class GenerationSettings:
     def length_limit(self, prompt_length: int, family_limit: int | None = None) -> int:
         """The largest decoder length (start token and prompt included) this row may reach.
 
-        `prompt_length` counts the start token and the prompt; `family_limit` is the longest the model has positions for.
-        With neither `max_length` nor `max_new_tokens` set, the family's limit applies (never a silent 20).
+        `prompt_length` counts the start token and the prompt; `family_limit` is the longest the model has positions
+        for. With neither `max_length` nor `max_new_tokens` set, the family's limit applies (never a silent 20).
         """
         limit = self.max_length if self.max_length is not None else (family_limit or 2**31)
         if self.max_new_tokens is not None:
@@ -114,7 +118,9 @@ class GenerationSettings:
 
     @classmethod
     def from_configs(cls, *configs: Mapping[str, Any]) -> "GenerationSettings":
-        """Merge dictionaries in the style of `generation_config.json`; later ones win, unknown keys and nulls are ignored."""
+        """Merge dictionaries in the style of `generation_config.json`; later ones win, unknown keys and nulls are
+        ignored.
+        """
         merged: dict[str, Any] = {}
         for config in configs:
             merged.update({k: v for k, v in config.items() if k in FIELD_NAMES and v is not None})

@@ -1,4 +1,6 @@
-"""Model families, one module each, named after Hugging Face's `model_type`. Nothing is registered: the file is the entry."""
+"""Model families, one module each, named after Hugging Face's `model_type`. Nothing is registered: the file is the
+entry.
+"""
 
 import importlib
 import pkgutil

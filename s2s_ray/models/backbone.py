@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2s_ray.generation.cache import Cohort, DecoderCache
+from s2s_ray.nn.attention import Attention
+from s2s_ray.nn.feedforward import FeedForward
 from s2s_ray.nn.layers import DecoderLayer, EncoderLayer
 from s2s_ray.nn.linear import Projection, pack_weight
 
@@ -19,10 +21,10 @@ from s2s_ray.nn.linear import Projection, pack_weight
 class Backbone(nn.Module, ABC):
     """An encoder-decoder network without text handling.
 
-    A family sets `checkpoint_names` (pieces of our parameter names and what the checkpoint calls them, applied in order),
-    `checkpoint_aliases` (other checkpoint names that may hold, or repeat, the same tensor) and `optional_parameters` (ours,
-    left as initialised when the checkpoint has none), builds `encoder_layers` and `decoder_layers`, and says how tokens are
-    embedded and how hidden states become logits. Everything here follows.
+    A family sets `checkpoint_names` (pieces of our parameter names and what the checkpoint calls them, applied in
+    order), `checkpoint_aliases` (other checkpoint names that may hold, or repeat, the same tensor) and
+    `optional_parameters` (ours, left as initialised when the checkpoint has none), builds `encoder_layers` and
+    `decoder_layers`, and says how tokens are embedded and how hidden states become logits. Everything here follows.
     """
 
     model_type: ClassVar[str]
@@ -86,7 +88,9 @@ class Backbone(nn.Module, ABC):
         return self.finish_encoder(x)
 
     def init_cache(self, memory: Tensor, padding_mask: Tensor, width: int = 1) -> Cohort:
-        """Project memory `[B, S, D]` once to every layer's cross-attention keys and values, shared by `width` sequences a row."""
+        """Project memory `[B, S, D]` once to every layer's cross-attention keys and values, shared by `width` sequences
+        a row.
+        """
         attentions = [layer.cross_attention for layer in self.decoder_layers if isinstance(layer, DecoderLayer)]
         cross = [attention.project_memory(memory) for attention in attentions]
         padded = None if bool(padding_mask.all()) else padding_mask
@@ -136,7 +140,7 @@ class Backbone(nn.Module, ABC):
         """Drop the packed weights."""
         self._packed_head = None
         for module in self.modules():
-            if module is not self and hasattr(module, "unpack"):
+            if isinstance(module, (Attention, FeedForward)):
                 module.unpack()
 
     def train(self, mode: bool = True) -> Self:

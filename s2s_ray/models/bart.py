@@ -5,7 +5,7 @@ Norms follow their blocks, an extra norm follows each embedding, learned positio
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ class BartBackbone(Backbone):
     model_type = "bart"
     checkpoint_names = (
         ("token_embedding", "model.shared"),
+        ("source_embedding", "model.encoder.embed_tokens"),
+        ("target_embedding", "model.decoder.embed_tokens"),
         ("encoder_positions", "model.encoder.embed_positions"),
         ("decoder_positions", "model.decoder.embed_positions"),
         ("encoder_embedding_norm", "model.encoder.layernorm_embedding"),
@@ -43,12 +45,14 @@ class BartBackbone(Backbone):
         (".feedforward.down.", ".fc2."),
         ("logits_bias", "final_logits_bias"),
     )
-    checkpoint_aliases = {
+    checkpoint_aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "model.shared.weight": (
             "model.encoder.embed_tokens.weight",
             "model.decoder.embed_tokens.weight",
             "lm_head.weight",
         ),
+        "model.encoder.embed_tokens.weight": ("model.shared.weight",),
+        "model.decoder.embed_tokens.weight": ("model.shared.weight",),
     }
     optional_parameters = frozenset({"logits_bias"})
 
@@ -59,7 +63,12 @@ class BartBackbone(Backbone):
         self._max_positions = integer(config, "max_position_embeddings")
         self.embedding_scale = dim**0.5 if config.get("scale_embedding") else 1.0
         self.dropout = number(config, "dropout", 0.1)
+        tied = config.get("tie_word_embeddings", True)
         self.token_embedding = nn.Embedding(self._vocabulary_size, dim)
+        # Untied, transformers keeps three tables beside the output's; the shared one is then unused but saved.
+        self.source_embedding = None if tied else nn.Embedding(self._vocabulary_size, dim)
+        self.target_embedding = None if tied else nn.Embedding(self._vocabulary_size, dim)
+        self.lm_head = None if tied else nn.Linear(dim, self._vocabulary_size, bias=False)
         self.encoder_positions = LearnedPositions(self._max_positions, dim, offset=2)
         self.decoder_positions = LearnedPositions(self._max_positions, dim, offset=2)
         self.encoder_embedding_norm = nn.LayerNorm(dim)
@@ -67,8 +76,8 @@ class BartBackbone(Backbone):
         encoder, decoder = self._shape(config, "encoder"), self._shape(config, "decoder")
         self.encoder_layers = nn.ModuleList(EncoderLayer(encoder) for _ in range(integer(config, "encoder_layers")))
         self.decoder_layers = nn.ModuleList(DecoderLayer(decoder) for _ in range(integer(config, "decoder_layers")))
+        self.logits_bias: Tensor
         self.register_buffer("logits_bias", torch.zeros(1, self._vocabulary_size))
-        self.lm_head = None if config.get("tie_word_embeddings", True) else nn.Linear(dim, self._vocabulary_size, bias=False)
 
     @staticmethod
     def _shape(config: Mapping[str, Any], side: str) -> LayerShape:
@@ -96,11 +105,13 @@ class BartBackbone(Backbone):
 
     def embed_source(self, token_ids: Tensor, padding_mask: Tensor) -> Tensor:
         positions = torch.arange(token_ids.shape[-1], device=token_ids.device)
-        x = self.token_embedding(token_ids) * self.embedding_scale + self.encoder_positions(positions)
+        embedding = self.source_embedding or self.token_embedding
+        x = embedding(token_ids) * self.embedding_scale + self.encoder_positions(positions)
         return F.dropout(self.encoder_embedding_norm(x), self.dropout, self.training)
 
     def embed_target(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        x = self.token_embedding(token_ids) * self.embedding_scale + self.decoder_positions(positions)
+        embedding = self.target_embedding or self.token_embedding
+        x = embedding(token_ids) * self.embedding_scale + self.decoder_positions(positions)
         return F.dropout(self.decoder_embedding_norm(x), self.dropout, self.training)
 
     def output_head(self) -> tuple[Tensor, Tensor | None]:

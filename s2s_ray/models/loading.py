@@ -23,7 +23,7 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     if dtype is None:
         return torch.float32
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise SettingsError(f"dtype must be one of {', '.join(DTYPES)}. Received: {dtype!r}")
     return found
 
@@ -79,14 +79,36 @@ def _match(backbone: Backbone, files: WeightFiles) -> dict[str, str | None]:
         if found is None and ours not in backbone.optional_parameters:
             raise PresetIntegrityError(f"{files.directory}: the weights must hold {name}; it is missing")
         if found is not None and tuple(files.tensors[found].shape) != tuple(tensor.shape):
+            wrong = list(files.tensors[found].shape)
             raise PresetIntegrityError(
-                f"{files.directory}: {found} must have shape {list(tensor.shape)}. Received: {list(files.tensors[found].shape)}"
+                f"{files.directory}: {found} must have shape {list(tensor.shape)}. Received: {wrong}"
             )
         sources[ours] = found
+    _check_repeats(backbone, files, sources)
     left_over = sorted(set(files.tensors) - used)
     if left_over:
         raise PresetIntegrityError(f"{files.directory}: nothing in the model takes {', '.join(left_over[:5])}")
     return sources
+
+
+def _check_repeats(backbone: Backbone, files: WeightFiles, sources: Mapping[str, str | None]) -> None:
+    """Tensors that the model shares must be equal where the checkpoint holds several copies of them."""
+    taken = set(sources.values())
+    for ours, found in sources.items():
+        aliases = backbone.checkpoint_aliases.get(backbone.checkpoint_name(ours), ())
+        for alias in aliases:
+            if found is None or alias in taken or alias not in files.tensors:
+                continue
+            if not torch.equal(_read(files, found), _read(files, alias)):
+                raise PresetIntegrityError(
+                    f"{files.directory}: config.json ties {found} and {alias}, but the two differ. Received: two tensors; "
+                    "set tie_word_embeddings to false if they are meant to"
+                )
+
+
+def _read(files: WeightFiles, name: str) -> Tensor:
+    with safe_open(files.directory / files.tensors[name].file, framework="pt") as handle:
+        return handle.get_tensor(name)
 
 
 @torch.no_grad()
@@ -105,7 +127,9 @@ def _fill(backbone: Backbone, files: WeightFiles, sources: Mapping[str, str | No
 
 
 def save_weights(backbone: Backbone, directory: Path, *, max_shard_bytes: int = _SHARD_BYTES) -> None:
-    """Write the weights in Hugging Face's names: `model.safetensors`, or shards with their index above `max_shard_bytes`."""
+    """Write the weights in Hugging Face's names: `model.safetensors`, or shards with their index above
+    `max_shard_bytes`.
+    """
     tensors = {backbone.checkpoint_name(n): t.detach().cpu().contiguous() for n, t in backbone.state_dict().items()}
     shards: list[dict[str, Tensor]] = [{}]
     size = 0

@@ -12,8 +12,8 @@ from s2s_ray.nn.linear import Projection, pack_linear
 class Attention(nn.Module):
     """Scaled dot-product attention with separate query, key, value and output projections.
 
-    `forward` is the whole-sequence path of training and encoding. Generation uses `project`, `project_memory` and `output`
-    around a cache that does the attention itself, on the packed weights that `pack` makes.
+    `forward` is the whole-sequence path of training and encoding. Generation uses `project`, `project_memory` and
+    `output` around a cache that does the attention itself, on the packed weights that `pack` makes.
     """
 
     def __init__(self, hidden_dim: int, num_heads: int, *, dropout: float = 0.0, bias: bool = True) -> None:
@@ -34,7 +34,9 @@ class Attention(nn.Module):
         """x `[B, T, D]`, memory `[B, S, D]` (None: x itself), mask bool `[B, 1, 1 or T, S]`, True to attend."""
         query, key, value = self._project_all(x, memory)
         heads = F.scaled_dot_product_attention(
-            *(self._split(t) for t in (query, key, value)),
+            self._split(query),
+            self._split(key),
+            self._split(value),
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=causal,

@@ -1,0 +1,151 @@
+"""What every family must do, shown against a tiny randomly initialised transformers model of it.
+
+A family's test module hands a transformers config to `check_family`. Only the weights and the config travel, through the
+public import path.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from s2s_ray import models
+from s2s_ray.generation.engine import Engine
+from s2s_ray.generation.requests import Finished, Request
+from s2s_ray.generation.settings import GenerationSettings
+from s2s_ray.models.backbone import Backbone
+from s2s_ray.models.loading import build_backbone, save_weights
+from s2s_ray.text.tokenizer import read_json_object
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+def reference_model(config: Any, *, stop_bias: float = 0.0, seed: int = 0) -> Any:
+    """A random transformers model; `stop_bias` is added to the logit of its end token so that outputs end raggedly."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
+    if stop_bias:
+        with torch.no_grad():
+            model.final_logits_bias.copy_(torch.randn_like(model.final_logits_bias) * 0.3)
+            model.final_logits_bias[0, config.eos_token_id] += stop_bias
+    return model
+
+
+def load_ours(model: Any, directory: Path) -> Backbone:
+    """The same model through our import path."""
+    model.save_pretrained(directory)
+    config = read_json_object(directory / "config.json")
+    task = models.task_class(config["model_type"])
+    return build_backbone(task.backbone_cls, config, directory).eval()
+
+
+def sources(config: Any, count: int, seed: int = 1, longest: int = 40) -> list[list[int]]:
+    """Ragged rows of ids, 3 to `longest` + 2 tokens, special tokens at both ends."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
+    draw = (torch.randint(4, config.vocab_size, (n,), generator=generator).tolist() for n in lengths)
+    return [[0, *ids, config.eos_token_id] for ids in draw]
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """ids int64 and mask bool, both `[B, S]`."""
+    ids = torch.full((len(rows), max(map(len, rows))), pad)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+    return ids, torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+
+
+def reference_tokens(model: Any, rows: list[list[int]], **settings: Any) -> list[list[list[int]]]:
+    """What transformers generates for a padded batch: per row its sequences, start token off, cut after the end token."""
+    ids, mask = padded(rows, model.config.pad_token_id)
+    given = {"do_sample": False, "num_beams": 1, "forced_eos_token_id": None} | settings
+    output = model.generate(input_ids=ids, attention_mask=mask, **given)
+    each = settings.get("num_return_sequences", 1)
+    ends = given.get("eos_token_id", model.config.eos_token_id)
+    cut = [_cut(row[1:], [ends] if isinstance(ends, int) else ends) for row in output.tolist()]
+    return [cut[i : i + each] for i in range(0, len(cut), each)]
+
+
+def _cut(ids: list[int], ends: list[int]) -> list[int]:
+    return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def settings_of(config: Any, **settings: Any) -> GenerationSettings:
+    """Settings with the model's special tokens."""
+    tokens = {
+        "eos_token_id": (config.eos_token_id,),
+        "pad_token_id": config.pad_token_id,
+        "decoder_start_token_id": config.decoder_start_token_id,
+    }
+    return GenerationSettings(**(tokens | settings))
+
+
+def run(engine: Engine, rows: list[list[int]], settings: GenerationSettings) -> list[Finished]:
+    """Our answers, in the rows' order."""
+    answers = engine.generate(Request(i, row, settings, (), i) for i, row in enumerate(rows))
+    return sorted(answers, key=lambda answer: answer.request.row_id)
+
+
+def our_tokens(engine: Engine, rows: list[list[int]], settings: GenerationSettings) -> list[list[list[int]]]:
+    """Our tokens, in the rows' order; fails on an error row."""
+    answers = run(engine, rows, settings)
+    assert all(answer.error is None for answer in answers)
+    return [[sequence.token_ids for sequence in answer.sequences] for answer in answers]
+
+
+def check_family(config: Any, tmp_path: Path, *, stop_bias: float = 0.0) -> None:
+    """Logits, greedy and beam tokens, batched = single, cached = uncached, and the way back to transformers."""
+    model = reference_model(config, stop_bias=stop_bias)
+    ours = load_ours(model, tmp_path / "theirs")
+    rows = sources(config, 12)
+    _check_logits(model, ours, rows)
+    engine = Engine(ours, max_slots=20)
+    greedy = settings_of(config, max_length=24)
+    beam = settings_of(config, max_length=24, num_beams=4)
+    batched = our_tokens(engine, rows, greedy)
+    assert batched == reference_tokens(model, rows, max_length=24)
+    assert our_tokens(engine, rows, beam) == reference_tokens(model, rows, max_length=24, num_beams=4)
+    assert [our_tokens(engine, [row], greedy)[0] for row in rows] == batched
+    _check_cached_is_uncached(ours, rows, batched, config)
+    _check_way_back(model, ours, tmp_path / "ours")
+
+
+def _check_logits(model: Any, ours: Backbone, rows: list[list[int]]) -> None:
+    ids, mask = padded(rows, model.config.pad_token_id)
+    targets = torch.randint(4, model.config.vocab_size, (len(rows), 9), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        theirs = model(input_ids=ids, attention_mask=mask, decoder_input_ids=targets).logits
+        batch = {"encoder_token_ids": ids, "encoder_padding_mask": mask, "decoder_token_ids": targets}
+        assert (ours(batch) - theirs).abs().max() <= 1e-4
+        ours.pack()
+        assert (ours(batch) - theirs).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def _check_cached_is_uncached(
+    ours: Backbone, rows: list[list[int]], outputs: list[list[list[int]]], config: Any
+) -> None:
+    ours.train().eval()  # drops the packed weights: the plain path
+    ids, mask = padded(rows, config.pad_token_id)
+    targets, real = padded([row[0] for row in outputs], config.pad_token_id)
+    start = torch.full((len(rows), 1), config.decoder_start_token_id)
+    batch = {
+        "encoder_token_ids": ids,
+        "encoder_padding_mask": mask,
+        "decoder_token_ids": torch.cat((start, targets), 1),
+    }
+    chosen = ours(batch)[:, :-1].argmax(dim=-1)
+    assert torch.equal(chosen[real], targets[real])
+
+
+def _check_way_back(model: Any, ours: Backbone, directory: Path) -> None:
+    directory.mkdir()
+    model.config.save_pretrained(directory)
+    save_weights(ours, directory, max_shard_bytes=20_000)
+    again = type(model).from_pretrained(directory)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
