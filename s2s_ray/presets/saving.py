@@ -37,7 +37,8 @@ def new_preset(target: Path) -> Iterator[Path]:
 
 
 def _is_replaceable(target: Path) -> bool:
-    return target.is_dir() and not strangers(target)
+    is_preset = (target / "config.json").is_file() or (target.is_dir() and not any(target.iterdir()))
+    return is_preset and not strangers(target)
 
 
 def _swap(temporary: Path, target: Path) -> None:
