@@ -65,7 +65,7 @@ def floor_of(module: str) -> int:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Every module that is imported anywhere below `tree`; `from a import b` gives a.b where that is a module of ours."""
+    """Every module imported anywhere below `tree`; `from a import b` gives a.b where that is a module of ours."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
