@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from s2s_ray import presets
-from s2s_ray.errors import InfrastructureError, InputError, RowErrorReason
+from s2s_ray.errors import InfrastructureError, InputError, RowErrorReason, S2SRayError
 from s2s_ray.pipelines.inputs import new_columns
 from s2s_ray.pipelines.ledger import Ledger, Shard
 from s2s_ray.pipelines.plan import Piece, Unit
@@ -102,6 +102,8 @@ def read_unit(unit: Unit, job: Job) -> tuple[pa.Table, pa.Table]:
     for piece in unit.pieces:
         try:
             table = _read_piece(piece, columns)
+        except S2SRayError:
+            raise
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             bad = [EncodedSource(error=RowErrorReason.UNREADABLE, message=brief(error))] * piece.rows
             work.append(_work_table(piece, row, bad, [None] * piece.rows))
