@@ -106,7 +106,7 @@ def test_token_ids_are_whole_numbers_from_0(name: str, wrap: Callable[[Any], Any
 @pytest.mark.parametrize("value", [0, 1])
 def test_early_stopping_is_no_number(value: int) -> None:
     """1 == True, but the search asks `is True`."""
-    with pytest.raises(SettingsError, match="^early_stopping must "):
+    with pytest.raises(SettingsError, match=r"^early_stopping must "):
         GenerationSettings(early_stopping=value)  # type: ignore[arg-type]
 
 
