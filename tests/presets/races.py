@@ -3,6 +3,7 @@
 Run as a script, as forking needs a process without threads:
 
 races.py fetch SOURCE CACHE_ROOT DIGEST TRIALS LOCKED    32 processes a trial fetch one preset, 30% are killed
+races.py crash STORE SOURCE                              a publisher dies at every step in turn
 races.py publish STORE SOURCES NAME ROUNDS               8 processes publish their own preset, at once, every round
 """
 
@@ -20,7 +21,7 @@ from s2s_ray.errors import PresetError
 from s2s_ray.presets import cache
 from s2s_ray.presets.manifest import Manifest
 from s2s_ray.presets.store import PresetStore
-from s2s_ray.storage import Location, sha256_bytes
+from s2s_ray.storage import FAILPOINT_EXIT_CODE, Location, sha256_bytes
 
 SEED = 11
 
@@ -111,9 +112,32 @@ def read_newest(url: str, name: str, digests: set[str]) -> None:
             assert sha256_bytes((stored.location / entry.name).read_bytes()) == entry.sha256
 
 
+def crash(url: str, source: Path) -> None:
+    """Publish with a crash at the first, second, ... failpoint, until one publish comes through."""
+    store = PresetStore(url)
+    for nth in range(1, 100):
+        pid = fork(partial(publish_until, url, source, f"*:{nth}:exit"))
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code == 0:
+            assert nth > 10, nth
+            return
+        assert code == FAILPOINT_EXIT_CODE, code
+        if store.list():  # the crash came after the commit
+            fetch_and_check(Path(store.resolve("p@1").location.path), Manifest.of_directory(source).digest)
+            store.location.delete(recursive=True)
+    raise AssertionError("never came through")
+
+
+def publish_until(url: str, source: Path, failpoint: str) -> None:
+    os.environ["S2S_RAY_FAILPOINT"] = failpoint
+    PresetStore(url).publish(source, "p")
+
+
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
     if command == "fetch":
         fetch_race(Path(arguments[0]), Path(arguments[1]), arguments[2], int(arguments[3]), arguments[4] == "locked")
+    elif command == "crash":
+        crash(arguments[0], Path(arguments[1]))
     else:
         publish_race(arguments[0], Path(arguments[1]), arguments[2], int(arguments[3]))
