@@ -4,6 +4,8 @@ import contextlib
 import logging
 import math
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,11 +72,18 @@ def ray_session(address: str | None) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     token = Path("~/.ray/auth_token").expanduser()
     had_token = token.exists()
-    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    options: dict[str, Any] = {}
+    if address == "local":
+        options = {"include_dashboard": False}
+        # Ray Data's actor pools make the core worker print an error about their arguments that concerns clusters only.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InfrastructureError(f"Ray could not be reached at {address}: {_first_line(error)}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler aborts the process
     if not had_token and token.exists():
         token.chmod(0o600)  # Ray 2.60 writes it readable for all
     try:

@@ -18,6 +18,7 @@ from s2s_ray.errors import InfrastructureError, RowErrorReason
 from s2s_ray.generation.requests import Finished, Request
 from s2s_ray.generation.settings import GenerationSettings
 from s2s_ray.pipelines.rows import ANSWER_SCHEMA, EMPTY, Job, brief, from_ipc, to_ipc
+from s2s_ray.storage import failpoint
 
 MAX_ATTEMPTS = 10  # at one unit in one run; then it is the unit that kills its workers
 HOPELESS_ROWS = 3  # if the first rows tried one by one all fail, it is not the rows
@@ -170,6 +171,7 @@ class Replica:
 
     def _note_attempt(self, unit: int) -> int:
         """Count this attempt durably: a unit that kills its worker each time must not be tried for ever."""
+        failpoint("attempt.before")
         directory = self.job.ledger.root / "attempts"
         for attempt in range(1, MAX_ATTEMPTS + 1):
             if (directory / f"{self.job.run_id}-u{unit:08d}-{attempt}").create_exclusive(b""):

@@ -61,7 +61,9 @@ def test_a_lost_answer_to_the_commit_is_read_back(inputs: list[str], tmp_path: P
     # Each create in turn takes effect but its answer is lost.
     for nth in (1, 2, 3):
         unit = run.plan.units[nth]
-        commit = in_child(lambda unit=unit: run.ledger.commit(unit.id, unit.rows, run.shards[unit.id]), "create.after:1:eio")
+        commit = in_child(
+            lambda unit=unit: run.ledger.commit(unit.id, unit.rows, run.shards[unit.id]), "create.after:1:eio"
+        )
         assert exit_code(commit) == 0
     assert run.ledger.committed() == {1, 2, 3}
     assert len(run.ledger.data.list_names()) == 3
@@ -159,7 +161,11 @@ def replace(old: bytes, new: bytes) -> Callable[[Path], object]:
         ("part-00000001.parquet", lambda path: path.write_bytes(b"short"), "5 bytes, the manifest says"),
         ("part-00000002.parquet", replace(b"PAR1", b"PAR2"), "part-00000002.parquet: sha256"),
         ("_errors/part-00000000.parquet", replace(b"PAR1", b"PAR2"), "_errors/part-00000000.parquet: sha256"),
-        ("part-00000099.parquet", lambda path: path.write_bytes(b"stray"), "part-00000099.parquet: not in the manifest"),
+        (
+            "part-00000099.parquet",
+            lambda path: path.write_bytes(b"stray"),
+            "part-00000099.parquet: not in the manifest",
+        ),
         ("_SUCCESS", Path.unlink, "_SUCCESS is missing"),
         ("_manifest.json", Path.unlink, "must hold _manifest.json"),
         ("_manifest.json", replace(b'"num_beams":null', b'"num_beams":1'), "do not hash to its fingerprint"),

@@ -38,7 +38,14 @@ def schema_of(path: Path | str, **changes: Any) -> pa.Schema:
 
 
 def test_files_folders_globs(tmp_path: Path) -> None:
-    for name in ("b/2.parquet", "b/1.parquet", "b/_s2s/x.parquet", "b/.hidden.parquet", "b/deep/er/0.parquet", "a.parquet"):
+    for name in (
+        "b/2.parquet",
+        "b/1.parquet",
+        "b/_s2s/x.parquet",
+        "b/.hidden.parquet",
+        "b/deep/er/0.parquet",
+        "a.parquet",
+    ):
         write(tmp_path / name)
     (tmp_path / "b/notes.txt").write_text("no Parquet")
     output = Location.parse(tmp_path / "out")
@@ -114,7 +121,9 @@ def test_a_clashing_column_may_be_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("nest", ["plain", "struct", "list", "map", "dictionary"])
 def test_extension_types_are_refused_and_not_run(tmp_path: Path, nest: str) -> None:
-    field = pa.field("x", pa.binary(), metadata={"ARROW:extension:name": "canary", "ARROW:extension:metadata": "run me"})
+    field = pa.field(
+        "x", pa.binary(), metadata={"ARROW:extension:name": "canary", "ARROW:extension:metadata": "run me"}
+    )
     kinds = {
         "plain": field,
         "struct": pa.field("x", pa.struct([field])),
@@ -168,7 +177,9 @@ def footers(*groups: list[int]) -> list[Footer]:
 def test_units_cover_every_row_once_and_in_order(groups: list[list[int]], limit: int | None) -> None:
     units = cut(footers(*groups), limit)
     assert [unit.id for unit in units] == list(range(len(units)))
-    rows = [(p.file.url, p.row_group, p.start + i, p.file_row + i) for u in units for p in u.pieces for i in range(p.rows)]
+    rows = [
+        (p.file.url, p.row_group, p.start + i, p.file_row + i) for u in units for p in u.pieces for i in range(p.rows)
+    ]
     expected = []
     for file, sizes in enumerate(groups):
         for group, size in enumerate(sizes):
@@ -190,7 +201,9 @@ def test_small_files_are_packed_and_large_groups_sliced() -> None:
 
 
 def test_plan_and_unit_survive_storing() -> None:
-    plan = Plan(cut(footers([10, 3], [0], [70]), 8), schema=pa.schema([("x", pa.list_(pa.int8()))]), skipped={"/bad": "why"})
+    plan = Plan(
+        cut(footers([10, 3], [0], [70]), 8), schema=pa.schema([("x", pa.list_(pa.int8()))]), skipped={"/bad": "why"}
+    )
     assert planning.decode(planning.encode(plan)) == plan
     assert [Unit.decode(unit.encode()) for unit in plan.units] == list(plan.units)
     empty = Plan(cut(footers([0]), 8), schema=TABLE.schema, skipped={})
@@ -203,9 +216,15 @@ def test_fingerprint_mismatch_names_the_fields(tmp_path: Path) -> None:
     planning.check_same(stored, planning.document(settings(num_replicas="3"), files, "digest"), Location.parse("/o"))
     cases: list[tuple[dict[str, Any], str]] = [
         (planning.document(settings(num_beams=4), files, "digest"), "num_beams was None, now 4"),
-        (planning.document(settings(seed=1, score=True), files, "digest"), "score was False, now True; seed was 0, now 1"),
+        (
+            planning.document(settings(seed=1, score=True), files, "digest"),
+            "score was False, now True; seed was 0, now 1",
+        ),
         (planning.document(settings(), files, "other"), "preset was 'digest', now 'other'"),
-        (planning.document(settings(), files[:1], "digest"), r"input \(1 files added, removed or changed, the first /in/b"),
+        (
+            planning.document(settings(), files[:1], "digest"),
+            r"input \(1 files added, removed or changed, the first /in/b",
+        ),
         (planning.document(settings(), files[::-1], "digest"), "the order of input"),
         (planning.document(settings(), [files[0], InputFile("/in/b", "3-3")], "digest"), r"input \(1 files .*/in/b"),
     ]

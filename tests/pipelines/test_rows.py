@@ -48,7 +48,9 @@ def process(job: Job, unit: Unit, answers: pa.Table | None = None) -> tuple[pa.T
     work, carried = (from_ipc(to_ipc(table)) for table in read_unit(unit, job))
     shard = make_shard(unit, work, carried, echo(work) if answers is None else answers, 2, job)
     data = pq.read_table(pa.BufferReader(shard.data))
-    errors = pq.read_table(pa.BufferReader(shard.errors)) if shard.errors else pa.table({"row": pa.array([], pa.int64())})
+    errors = (
+        pq.read_table(pa.BufferReader(shard.errors)) if shard.errors else pa.table({"row": pa.array([], pa.int64())})
+    )
     assert (data.num_rows, errors.num_rows) == (shard.rows, shard.error_rows)
     assert shard.rows + shard.error_rows == unit.rows
     assert data.schema.equals(job.schema)

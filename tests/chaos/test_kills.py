@@ -1,0 +1,103 @@
+"""SIGKILL of an actor and of the driver, SIGTERM, and two jobs at once: jobs in processes of their own on a Ray of their own."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from checker import Verdict, check
+from job_helpers import JobProcess, run_job, wait_for, write_input
+
+from s2s_ray.pipelines.publish import verify
+from s2s_ray.seq2seq_lm import Seq2SeqLM
+from s2s_ray.storage import Location
+
+ROWS = 96
+SLOW = {"S2S_RAY_FAILPOINT": "attempt.before:0:sleep=0.4"}  # each unit takes a while at its replica
+
+
+@pytest.fixture(scope="module")
+def texts(english_text: list[str]) -> list[str]:
+    return [text[: 40 + 7 * (row % 17)] for row, text in enumerate(english_text[:ROWS])]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> list[str]:
+    return write_input(tmp_path_factory.mktemp("input"), texts, files=2, group=16)
+
+
+@pytest.fixture(scope="module")
+def expected(texts: list[str], tiny_bart_dir: Path) -> dict[int, str]:
+    return dict(enumerate(Seq2SeqLM.from_preset(tiny_bart_dir).generate(texts, max_new_tokens=12)))
+
+
+@pytest.fixture
+def flags(inputs: list[str], tiny_bart_dir: Path, tmp_path: Path) -> list[str]:
+    places = ["--input", *inputs, "--output", str(tmp_path / "out"), "--preset", str(tiny_bart_dir)]
+    return [*places, "--max-target-length", "12", "--rows-per-unit", "4"]
+
+
+def assert_sound(inputs: list[str], output: Path, expected: dict[int, str]) -> Verdict:
+    verdict = check(inputs, str(output))
+    assert (verdict.lost, verdict.doubled, verdict.problems) == ([], [], [])
+    assert verdict.summaries() == expected
+    verify(Location.parse(output))
+    return verdict
+
+
+def commits(output: Path) -> set[str]:
+    return {path.name for path in output.glob("_s2s/*/commit/u*.json")}
+
+
+def test_killed_actor(flags: list[str], inputs: list[str], tmp_path: Path, expected: dict[int, str]) -> None:
+    """P1: the actor dies with units in flight; Ray starts another, nothing is lost or doubled."""
+    job = JobProcess("generate.py", *flags, **SLOW)
+    try:
+        wait_for(lambda: commits(tmp_path / "out"), what="a first commit")
+        (victim,) = job.replica_pids()
+        os.kill(victim, signal.SIGKILL)
+        code, out, error = job.finish()
+    finally:
+        job.process.kill()
+    assert code == 0, error
+    assert_sound(inputs, tmp_path / "out", expected)
+    assert f"{ROWS} rows in" in out
+    attempts = [path.name for path in (tmp_path / "out").glob("_s2s/*/attempts/*-2")]
+    assert attempts, "the kill came too late to matter"
+
+
+def test_killed_driver_then_resume(
+    flags: list[str], inputs: list[str], tmp_path: Path, expected: dict[int, str]
+) -> None:
+    """P3: only what was not committed is generated again; commits of the killed run stay as they are."""
+    job = JobProcess("generate.py", *flags, **SLOW)
+    wait_for(lambda: len(commits(tmp_path / "out")) >= 3, what="three commits")
+    job.kill()
+    wait_for(lambda: not job.replica_pids(), what="the end of the killed job's Ray")
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").glob("_s2s/*/commit/u*.json")}
+    assert not (tmp_path / "out" / "_manifest.json").exists()
+    code, out, error = run_job("generate.py", *flags)
+    assert code == 0, error
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert_sound(inputs, tmp_path / "out", expected)
+    assert f"{ROWS - 4 * len(kept)} rows in" in out
+    code, out, error = run_job("generate.py", *flags)
+    assert (code, "0 rows generated" in out) == (0, True)
+
+
+def test_two_jobs_race_then_one_is_cancelled_and_resumed(
+    flags: list[str], inputs: list[str], tmp_path: Path, expected: dict[int, str]
+) -> None:
+    """P21 and P23: while one job runs another ends with 6; SIGTERM ends the first with 143, and it can be resumed."""
+    first = JobProcess("generate.py", *flags, **SLOW)
+    wait_for(lambda: (tmp_path / "out" / "_s2s" / "owner.json").exists(), what="the first job's lease")
+    code, _, error = run_job("generate.py", *flags)
+    assert code == 6 and "is being written by process" in error and error.count("\n") == 1
+    wait_for(lambda: commits(tmp_path / "out"), what="a first commit")
+    first.process.terminate()
+    code, _, error = first.finish()
+    assert code == 143 and "run the same command again to resume" in error
+    assert not (tmp_path / "out" / "_s2s" / "owner.json").exists()
+    code, _, error = run_job("generate.py", *flags)
+    assert code == 0, error
+    assert_sound(inputs, tmp_path / "out", expected)
