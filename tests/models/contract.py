@@ -1,7 +1,7 @@
 """What every family must do, shown against a tiny randomly initialised transformers model of it.
 
-A family's test module hands a transformers config to `check_family`. Only the weights and the config travel, through the
-public import path.
+A family's test module hands a transformers config to `check_family`. Only the weights and the config travel, through
+the public import path.
 """
 
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def reference_tokens(model: Any, rows: list[list[int]], **settings: Any) -> list[list[list[int]]]:
-    """What transformers generates for a padded batch: per row its sequences, start token off, cut after the end token."""
+    """What transformers generates for a padded batch: each row's sequences, start token off, cut at the end token."""
     ids, mask = padded(rows, model.config.pad_token_id)
     given = {"do_sample": False, "num_beams": 1, "forced_eos_token_id": None} | settings
     output = model.generate(input_ids=ids, attention_mask=mask, **given)

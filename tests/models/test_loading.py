@@ -34,7 +34,7 @@ def test_a_missing_parameter_is_named(preset: Path, tmp_path: Path) -> None:
 
 
 def test_a_left_over_tensor_is_named(preset: Path, tmp_path: Path) -> None:
-    with pytest.raises(PresetIntegrityError, match="nothing in the model takes model.stranger"):
+    with pytest.raises(PresetIntegrityError, match=r"nothing in the model takes model\.stranger"):
         rewritten(preset, tmp_path, lambda tensors: tensors.update({"model.stranger": torch.zeros(2)}))
 
 
