@@ -160,7 +160,8 @@ class Replica:
         failures = 0
         for row_id, token_ids, settings in requests:
             try:
-                answers.extend(await asyncio.wrap_future(self.engine.submit([(row_id, token_ids, settings)])))
+                (answer,) = await asyncio.wrap_future(self.engine.submit([(row_id, token_ids, settings)]))
+                answers.append(answer)
             except EngineFailedError as error:
                 failures += 1
                 if failures == len(answers) + 1 and failures >= HOPELESS_ROWS:

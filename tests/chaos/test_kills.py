@@ -1,4 +1,4 @@
-"""SIGKILL of an actor and of the driver, SIGTERM, and two jobs at once: jobs in processes of their own on a Ray of their own."""
+"""SIGKILL of an actor and of the driver, SIGTERM, two jobs at once; each job is a process with a Ray of its own."""
 
 import os
 import signal

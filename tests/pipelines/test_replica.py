@@ -77,7 +77,7 @@ def test_rows_that_need_no_model(replica: Replica) -> None:
     rows = work_table([None, SOURCES[0], None])
     rows = rows.set_column(5, "reason", pa.array([None, None, "NULL_TEXT"], pa.string()))
     answers = asyncio.run(replica.answer(rows)).to_pylist()
-    assert [row["finish_reason"] for row in answers][0] == "empty"
+    assert answers[0]["finish_reason"] == "empty"
     assert answers[0]["token_ids"] is None and answers[1]["token_ids"] and answers[2]["finish_reason"] is None
     assert asyncio.run(replica.answer(work_table([]))).num_rows == 0
 

@@ -1,4 +1,4 @@
-"""Reading, tokenising and writing a unit: bad rows are told apart and their neighbours do not change. No Ray, no model."""
+"""Reading, tokenising and writing a unit: bad rows are told apart, their neighbours do not change. No Ray, no model."""
 
 from pathlib import Path
 from typing import Any
