@@ -45,7 +45,8 @@ class Cohort:
         if padding_mask is not None:
             bias = torch.zeros(padding_mask.shape, dtype=cross[0][0].dtype, device=cross[0][0].device)
             bias.masked_fill_(~padding_mask, float("-inf"))
-            self.cross_bias = bias[:, None, None]
+            # Repeated for each head, since a batched product adds only a bias of its own shape.
+            self.cross_bias = bias.repeat_interleave(num_heads, dim=0)[:, None]
         self.age = 0
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
@@ -58,11 +59,12 @@ class Cohort:
         return self.num_rows * self.width
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).contiguous()  # [R, S, D] -> [R, H, S, K]
+        # [R, S, D] -> [R x H, S, K]
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).flatten(0, 1).contiguous()
 
     def begin_step(self) -> None:
         """Make room for one more position and fix which cached positions each sequence may see."""
-        capacity = self._keys[0].shape[2] // self.width if self._keys else 0
+        capacity = self._keys[0].shape[1] // self.width if self._keys else 0
         if self.age == capacity:
             self._grow(max(_GROWTH, 2 * capacity))
         if self.width > 1:
@@ -72,37 +74,42 @@ class Cohort:
         own = torch.eye(self.width, dtype=torch.bool, device=self.cross[0][0].device).expand(self.num_rows, -1, -1)
         self._ancestry = own if self._ancestry is None else torch.cat((self._ancestry, own), dim=-1)
         bias = torch.zeros(self._ancestry.shape, dtype=self.cross[0][0].dtype, device=self._ancestry.device)
-        self._self_bias = bias.masked_fill_(~self._ancestry, float("-inf"))[:, None]  # [R, 1, W, T x W]
+        bias.masked_fill_(~self._ancestry, float("-inf"))
+        self._self_bias = bias.repeat_interleave(self.num_heads, dim=0)  # [R x H, W, T x W]
 
     def _grow(self, capacity: int) -> None:
         reference = self.cross[0][0]
-        shape = (self.num_rows, self.num_heads, capacity * self.width, reference.shape[-1])
+        shape = (reference.shape[0], capacity * self.width, reference.shape[-1])
         used = self.age * self.width
         for buffers in (self._keys, self._values):
             old = list(buffers)
             buffers[:] = [reference.new_empty(shape) for _ in self.cross]
             for new, previous in zip(buffers, old, strict=False):
-                new[:, :, :used] = previous[:, :, :used]
+                new[:, :used] = previous[:, :used]
 
     def attend_self(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query, key, value `[R x W, D]` of the newest position to its attention output `[R x W, D]`."""
         start, end = self.age * self.width, (self.age + 1) * self.width
-        self._keys[layer][:, :, start:end] = self._query_heads(key)
-        self._values[layer][:, :, start:end] = self._query_heads(value)
-        return self._attend(query, self._keys[layer][:, :, :end], self._values[layer][:, :, :end], self._self_bias)
+        keys, values = self._keys[layer], self._values[layer]
+        keys[:, start:end] = self._split(key)
+        values[:, start:end] = self._split(value)
+        return self._attend(query, keys[:, :end], values[:, :end], self._self_bias)
 
     def attend_cross(self, layer: int, query: Tensor) -> Tensor:
         """query `[R x W, D]` to its attention output over the row's source, `[R x W, D]`."""
         return self._attend(query, *self.cross[layer], self.cross_bias)
 
-    def _query_heads(self, x: Tensor) -> Tensor:
-        return x.view(self.num_rows, self.width, self.num_heads, -1).transpose(1, 2)  # [R x W, D] -> [R, H, W, K]
+    def _split(self, x: Tensor) -> Tensor:
+        # [R x W, D] -> [R x H, W, K], a view where W is 1
+        return x.view(self.num_rows, self.width, self.num_heads, -1).transpose(1, 2).flatten(0, 1)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        scores = torch.matmul(self._query_heads(query * self.scale), keys.transpose(2, 3))
-        if bias is not None:
-            scores += bias
-        heads = torch.matmul(scores.softmax(dim=-1), values)
+        scaled = self._split(query) * self.scale
+        if bias is None:
+            scores = torch.bmm(scaled, keys.transpose(1, 2))
+        else:
+            scores = torch.baddbmm(bias, scaled, keys.transpose(1, 2))
+        heads = torch.bmm(scores.softmax(dim=-1), values).view(self.num_rows, self.num_heads, self.width, -1)
         return heads.transpose(1, 2).reshape(query.shape)
 
     def end_step(self) -> None:
@@ -116,19 +123,21 @@ class Cohort:
             self._ancestry = self._ancestry.gather(1, index)
 
     def keep(self, rows: Tensor) -> None:
-        """Drop every row but `rows` (int64 `[R']`), and the padding that only they needed."""
+        """Drop every row but `rows` (int64 `[R']`)."""
         self.num_rows = rows.numel()
-        self.cross = [(key[rows], value[rows]) for key, value in self.cross]
-        self.cross_bias = None if self.cross_bias is None else self.cross_bias[rows]
+        heads = torch.arange(self.num_heads, device=rows.device)
+        pairs = (rows[:, None] * self.num_heads + heads).flatten()  # into R x H
+        self.cross = [(key[pairs], value[pairs]) for key, value in self.cross]
+        self.cross_bias = None if self.cross_bias is None else self.cross_bias[pairs]
         used = self.age * self.width
-        self._keys = [_kept(buffer, rows, used) for buffer in self._keys]
-        self._values = [_kept(buffer, rows, used) for buffer in self._values]
+        self._keys = [_kept(buffer, pairs, used) for buffer in self._keys]
+        self._values = [_kept(buffer, pairs, used) for buffer in self._values]
         self._ancestry = None if self._ancestry is None else self._ancestry[rows]
 
 
-def _kept(buffer: Tensor, rows: Tensor, used: int) -> Tensor:
-    kept = buffer.new_empty((rows.numel(), *buffer.shape[1:]))
-    kept[:, :, :used] = buffer[rows, :, :used]
+def _kept(buffer: Tensor, pairs: Tensor, used: int) -> Tensor:
+    kept = buffer.new_empty((pairs.numel(), *buffer.shape[1:]))
+    kept[:, :used] = buffer[pairs, :used]
     return kept
 
 

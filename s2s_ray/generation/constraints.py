@@ -45,7 +45,7 @@ class Constraints:
         width: int,
         device: torch.device,
     ) -> None:
-        """One entry per row; each row stands for `width` neighbouring sequences. Lengths count start token and prompt."""
+        """One entry per row; a row stands for `width` neighbouring sequences. Lengths count start and prompt."""
         self._device = device
         self._width = width
         self._requests = requests

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out. No torch here: the pipelines and the preprocessor use these nouns too."""
+"""What goes into the engine and what comes out. No torch here: the pipelines use these nouns too."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from s2s_ray.generation.requests import Request
 
-
 _COHORTS = 4  # at least so many share the slots, so that they empty and are refilled one after another
 
 
