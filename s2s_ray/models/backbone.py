@@ -97,7 +97,7 @@ class Backbone(nn.Module, ABC):
         return Cohort(cross, padded, width=width, num_heads=attentions[0].num_heads, scale=attentions[0].scale)
 
     def decode(self, token_ids: Tensor, cache: DecoderCache) -> Tensor:
-        """One step: the newest token of each sequence, int64 `[N]`, to logits fp32 `[N, V]`; the cache advances by one."""
+        """The newest token of each sequence, int64 `[N]`, to logits fp32 `[N, V]`; the cache advances by one."""
         cache.begin_step()
         x = self.embed_target(token_ids, cache.positions(token_ids.device))
         for index, layer in enumerate(self.decoder_layers):

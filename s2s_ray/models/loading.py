@@ -101,7 +101,7 @@ def _check_repeats(backbone: Backbone, files: WeightFiles, sources: Mapping[str,
                 continue
             if not torch.equal(_read(files, found), _read(files, alias)):
                 raise PresetIntegrityError(
-                    f"{files.directory}: config.json ties {found} and {alias}, but the two differ. Received: two tensors; "
+                    f"{files.directory}: config.json ties {found} and {alias}, but the two differ: "
                     "set tie_word_embeddings to false if they are meant to"
                 )
 

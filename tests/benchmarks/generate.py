@@ -117,9 +117,8 @@ def _report(args: argparse.Namespace, times: dict[str, list[float]], outputs: di
     for name, seconds in medians.items():
         equal = sum(a == b for a, b in zip(outputs[name], reference, strict=True))
         ratio = seconds / medians["s2s_ray"]
-        print(
-            f"{name:26}{seconds:9.2f}{args.rows / seconds:9.2f}{tokens / seconds:10.1f}{ratio:7.2f}x{equal:8}/{args.rows}"
-        )
+        rates = f"{args.rows / seconds:9.2f}{tokens / seconds:10.1f}"
+        print(f"{name:26}{seconds:9.2f}{rates}{ratio:7.2f}x{equal:8}/{args.rows}")
         table[name] = {"seconds": times[name], "median": seconds, "ratio": ratio, "rows_equal": equal}
     best = min((n for n in medians if n != "s2s_ray"), key=lambda n: medians[n], default=None)
     result = {
