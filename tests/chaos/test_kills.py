@@ -12,8 +12,8 @@ from s2s_ray.pipelines.publish import verify
 from s2s_ray.seq2seq_lm import Seq2SeqLM
 from s2s_ray.storage import Location
 
-ROWS = 96
-SLOW = {"S2S_RAY_FAILPOINT": "attempt.before:0:sleep=0.4"}  # each unit takes a while at its replica
+ROWS = 128
+SLOW = {"S2S_RAY_FAILPOINT": "attempt.before:0:sleep=0.25"}  # each unit takes a while at its replica
 
 
 @pytest.fixture(scope="module")
@@ -66,38 +66,34 @@ def test_killed_actor(flags: list[str], inputs: list[str], tmp_path: Path, expec
     assert attempts, "the kill came too late to matter"
 
 
-def test_killed_driver_then_resume(
-    flags: list[str], inputs: list[str], tmp_path: Path, expected: dict[int, str]
-) -> None:
-    """P3: only what was not committed is generated again; commits of the killed run stay as they are."""
-    job = JobProcess("generate.py", *flags, **SLOW)
-    wait_for(lambda: len(commits(tmp_path / "out")) >= 3, what="three commits")
-    job.kill()
-    wait_for(lambda: not job.replica_pids(), what="the end of the killed job's Ray")
-    kept = {path: path.read_bytes() for path in (tmp_path / "out").glob("_s2s/*/commit/u*.json")}
-    assert not (tmp_path / "out" / "_manifest.json").exists()
-    code, out, error = run_job("generate.py", *flags)
-    assert code == 0, error
-    assert {path: path.read_bytes() for path in kept} == kept
-    assert_sound(inputs, tmp_path / "out", expected)
-    assert f"{ROWS - 4 * len(kept)} rows in" in out
-    code, out, error = run_job("generate.py", *flags)
-    assert (code, "0 rows generated" in out) == (0, True)
+def test_race_kill_cancel_resume(flags: list[str], inputs: list[str], tmp_path: Path, expected: dict[int, str]) -> None:
+    """P21, P3, P23, P22: a second job is turned away, the driver killed, its successor cancelled; a third finishes.
 
-
-def test_two_jobs_race_then_one_is_cancelled_and_resumed(
-    flags: list[str], inputs: list[str], tmp_path: Path, expected: dict[int, str]
-) -> None:
-    """P21 and P23: while one job runs another ends with 6; SIGTERM ends the first with 143, and it can be resumed."""
+    Commits of killed runs stay as they are, and only what they left is generated.
+    """
+    output = tmp_path / "out"
     first = JobProcess("generate.py", *flags, **SLOW)
-    wait_for(lambda: (tmp_path / "out" / "_s2s" / "owner.json").exists(), what="the first job's lease")
+    wait_for(lambda: (output / "_s2s" / "owner.json").exists(), what="the first job's lease")
     code, _, error = run_job("generate.py", *flags)
     assert code == 6 and "is being written by process" in error and error.count("\n") == 1
-    wait_for(lambda: commits(tmp_path / "out"), what="a first commit")
-    first.process.terminate()
-    code, _, error = first.finish()
+    wait_for(lambda: len(commits(output)) >= 3, what="three commits")
+    first.kill()
+    wait_for(lambda: not first.replica_pids(), what="the end of the killed job's Ray")
+    kept = {path: path.read_bytes() for path in output.glob("_s2s/*/commit/u*.json")}
+
+    second = JobProcess("generate.py", *flags, **SLOW)
+    wait_for(lambda: len(commits(output)) >= len(kept) + 2, what="commits of the second job")
+    second.process.terminate()
+    code, _, error = second.finish()
     assert code == 143 and "run the same command again to resume" in error
-    assert not (tmp_path / "out" / "_s2s" / "owner.json").exists()
-    code, _, error = run_job("generate.py", *flags)
+    assert not (output / "_s2s" / "owner.json").exists() and not (output / "_manifest.json").exists()
+    wait_for(lambda: not second.replica_pids(), what="the end of the second job's Ray")
+
+    left = ROWS - 4 * len(commits(output))
+    code, out, error = run_job("generate.py", *flags)
     assert code == 0, error
-    assert_sound(inputs, tmp_path / "out", expected)
+    assert f"{left} rows in" in out and left > 0
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert_sound(inputs, output, expected)
+    code, out, error = run_job("generate.py", *flags)
+    assert (code, "0 rows generated" in out) == (0, True)

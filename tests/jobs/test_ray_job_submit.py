@@ -31,7 +31,8 @@ def home_with_token(directory: Path, token: str) -> dict[str, str]:
     """The environment of a user whose ~/.ray/auth_token holds `token`; the package is not on its path."""
     (directory / ".ray").mkdir(parents=True)
     (directory / ".ray" / "auth_token").write_text(token)
-    environment = job_environment(HOME=str(directory), RAY_AUTH_MODE="token")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the entrypoint says "python"
+    environment = job_environment(HOME=str(directory), RAY_AUTH_MODE="token", PATH=path)
     del environment["PYTHONPATH"]
     return environment
 
@@ -80,7 +81,6 @@ def test_submit_with_exit_codes_and_token(
     cluster: tuple[str, dict[str, str]], english_text: list[str], tiny_bart_dir: Path, tmp_path: Path
 ) -> None:
     address, environment = cluster
-    environment = {**environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     inputs = write_input(tmp_path / "in", english_text[:ROWS], files=2)
     flags = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--preset", str(tiny_bart_dir)]
     code, out = submit(address, environment, *flags, "--max-target-length", "8")
