@@ -1,7 +1,7 @@
 """Generation settings, with the names and meaning of `transformers.GenerationConfig`. No torch here."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,16 +48,18 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         for name in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens"):
-            object.__setattr__(self, name, _frozen(getattr(self, name) or ()))
-        if isinstance(self.eos_token_id, int) or self.eos_token_id is None:
-            object.__setattr__(self, "eos_token_id", () if self.eos_token_id is None else (self.eos_token_id,))
-        object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
-        self._check()
+            object.__setattr__(self, name, _frozen(name, getattr(self, name)))
+        ends = self.eos_token_id
+        ends = ends if isinstance(ends, (list, tuple)) else () if ends is None else (ends,)
+        object.__setattr__(self, "eos_token_id", tuple(ends))
+        self._check_numbers()
+        self._check_tokens()
 
-    def _check(self) -> None:
+    def _check_numbers(self) -> None:
         for name in ("num_beams", "num_return_sequences", "max_length", "max_new_tokens"):
             value = getattr(self, name)
-            _require(value is None or (_is_int(value) and value >= 1), name, "a whole number of at least 1", value)
+            optional = value is None and name.startswith("max")
+            _require(optional or (_is_int(value) and value >= 1), name, "a whole number of at least 1", value)
         for name in ("min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"):
             value = getattr(self, name)
             _require(_is_int(value) and value >= 0, name, "a whole number of at least 0", value)
@@ -70,21 +72,24 @@ class GenerationSettings:
         _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number from 0 to 1", self.min_p)
         finite = _is_number(self.length_penalty) and abs(self.length_penalty) < float("inf")
         _require(finite, "length_penalty", "a finite number", self.length_penalty)
-        _require(
-            self.early_stopping in (True, False, "never"),
-            "early_stopping",
-            'True, False or "never"',
-            self.early_stopping,
-        )
+        known = isinstance(self.early_stopping, bool) or self.early_stopping == "never"
+        _require(known, "early_stopping", 'True, False or "never"', self.early_stopping)
         _require(_is_int(self.seed) and abs(self.seed) < 2**63, "seed", "a 64-bit whole number", self.seed)
-        if not self.do_sample:
-            limit = self.num_beams
-            _require(
-                self.num_return_sequences <= limit,
-                "num_return_sequences",
-                f"at most num_beams ({limit}) unless do_sample is set",
-                self.num_return_sequences,
-            )
+        count, beams = self.num_return_sequences, self.num_beams
+        enough = count <= beams or (self.do_sample and beams == 1)
+        _require(enough, "num_return_sequences", f"at most num_beams ({beams}) unless one beam samples", count)
+
+    def _check_tokens(self) -> None:
+        for name in ("decoder_start_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id"):
+            value = getattr(self, name)
+            optional = value is None and name.startswith("forced")
+            _require(optional or _is_token(value), name, "a token id, 0 or more", value)
+        for name in ("eos_token_id", "suppress_tokens", "begin_suppress_tokens"):
+            values = getattr(self, name)
+            _require(all(map(_is_token, values)), name, "token ids, 0 or more", values)
+        words = self.bad_words_ids
+        valid = all(isinstance(word, tuple) and word and all(map(_is_token, word)) for word in words)
+        _require(valid, "bad_words_ids", "sequences of token ids, none of them empty", words)
 
     def replace(self, **changes: Any) -> "GenerationSettings":
         """A copy with `changes` applied. Raises SettingsError for a name that is not a setting."""
@@ -149,5 +154,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _frozen(value: Iterable[Any]) -> tuple[Any, ...]:
-    return tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _frozen(name: str, value: Any) -> tuple[Any, ...]:
+    _require(value is None or isinstance(value, (list, tuple)), name, "a sequence of token ids", value)
+    return tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value or ())
