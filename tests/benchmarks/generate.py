@@ -20,6 +20,7 @@ from s2s_ray.generation.engine import Engine
 from s2s_ray.generation.requests import Request
 from s2s_ray.generation.settings import GenerationSettings
 from s2s_ray.models.bart import BartBackbone
+from s2s_ray.models.loading import DTYPES
 from tests.benchmarks.workload import SHAPES, make_model, make_rows
 
 Outputs = list[list[int]]
@@ -29,8 +30,9 @@ def ours(model: Any, rows: Outputs, settings: GenerationSettings, args: argparse
     """The engine on the same weights."""
     backbone = BartBackbone(model.config.to_dict()).eval()
     names = {name: backbone.checkpoint_name(name) for name in backbone.state_dict()}
-    theirs = model.state_dict()
+    theirs = {name: tensor.float().cpu() for name, tensor in model.state_dict().items()}
     backbone.load_state_dict({ours: theirs[name] for ours, name in names.items()})
+    backbone.to(device=args.device, dtype=DTYPES[args.dtype])
     engine = Engine(backbone, max_slots=args.slots, max_batch_tokens=args.batch_tokens)
 
     def run() -> Outputs:
@@ -52,9 +54,10 @@ def transformers(model: Any, rows: Outputs, settings: GenerationSettings, batch:
             ids = torch.full((len(chosen), width), 1)
             for place, i in enumerate(chosen):
                 ids[place, : len(rows[i])] = torch.tensor(rows[i])
+            lengths = torch.tensor([len(rows[i]) for i in chosen])
             made = model.generate(
-                input_ids=ids,
-                attention_mask=(torch.arange(width) < torch.tensor([len(rows[i]) for i in chosen])[:, None]).long(),
+                input_ids=ids.to(model.device),
+                attention_mask=(torch.arange(width) < lengths[:, None]).long().to(model.device),
                 max_length=settings.max_length,
                 num_beams=settings.num_beams,
                 do_sample=False,
@@ -78,11 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--slots", type=int)
     parser.add_argument("--batch-tokens", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     shape = SHAPES[args.shape]
-    model = make_model(shape)
+    model = make_model(shape).to(device=args.device, dtype=DTYPES[args.dtype])
     rows = make_rows(shape, args.rows, shortest=args.shortest, longest=args.longest, mean_output=args.mean_output)
     settings = GenerationSettings(
         max_length=143, num_beams=args.num_beams, eos_token_id=(2,), decoder_start_token_id=0, pad_token_id=1
@@ -129,7 +134,7 @@ def _report(args: argparse.Namespace, times: dict[str, list[float]], outputs: di
         "best_peer": best,
         "speedup": medians[best] / medians["s2s_ray"] if best else None,
         "torch": torch.__version__,
-        "machine": platform.machine(),
+        "machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
     }
     print(json.dumps(result))
 
