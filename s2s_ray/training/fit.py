@@ -213,6 +213,8 @@ class _Trainer:
                     break
         finally:
             self.task.backbone.eval()
+            if self.stream is not None:
+                self.stream.close()
         for callback in self.callbacks:
             callback.on_train_end()
         return self.history
@@ -315,7 +317,8 @@ def _on_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batc
         except BaseException as error:  # handed to the consumer, which raises it
             put(error)
 
-    threading.Thread(target=produce, daemon=True).start()
+    producer = threading.Thread(target=produce, daemon=True)
+    producer.start()
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
@@ -323,6 +326,7 @@ def _on_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batc
             yield item.to(device, non_blocking=True)
     finally:
         stop.set()
+        producer.join()  # the caller may iterate the same data again
 
 
 def _open_validation(task: Any, given: Any, settings: DataSettings, batch_size: int | None) -> TrainingData:

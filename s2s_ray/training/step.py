@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -21,6 +22,9 @@ from s2s_ray.training.compiled import ACCURACY, PERPLEXITY
 from s2s_ray.training.loss import IGNORED_LABEL, CrossEntropy, cross_entropy, real_token_weights
 
 Precision = Literal["fp32", "bf16"]
+
+# Without cuDNN: it plans anew for every shape, and nearly every training batch has a shape of its own.
+_ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class NonFiniteLossError(S2SRayError, ArithmeticError):
@@ -74,7 +78,8 @@ class Forward:
         """The batch's summed loss (fp32 scalar, with its graph); `totals` gets everything but the graph."""
         device = batch.labels.device.type
         autocast: Any = torch.autocast(device, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
-        with autocast:
+        kernels: Any = sdpa_kernel(_ATTENTION_KERNELS) if device == "cuda" else contextlib.nullcontext()
+        with kernels, autocast:
             logits = self.model(batch.inputs)
         loss_sum, _ = cross_entropy(
             logits,

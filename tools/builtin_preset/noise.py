@@ -1,6 +1,7 @@
 """Noised training pairs as an iterable for `Seq2SeqLM.fit`: BART's text infilling, and token masking of sources."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,15 +85,14 @@ class Epochs:
 
     def __init__(self, data: NoisedPairs, workers: int) -> None:
         self.data = data
-        self.workers = workers
         self.done = 0
+        options: dict[str, Any] = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
+        self.loader = DataLoader(data, batch_size=None, num_workers=workers, **options)
 
     def __iter__(self) -> Iterator[Batch]:
         self.data.epoch.fill_(self.done)
         self.done += 1
-        yield from DataLoader(
-            self.data, batch_size=None, num_workers=self.workers, prefetch_factor=4 if self.workers else None
-        )
+        return iter(self.loader)
 
     def real_tokens(self) -> int:
         """Source and target tokens of an epoch."""
