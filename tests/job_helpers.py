@@ -1,6 +1,8 @@
 """What the tests of jobs share: input data, jobs in processes of their own, and their replicas' pids."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -87,6 +89,13 @@ def wait_for(condition: Callable[[], Any], timeout: float = 90, what: str = "the
             return value
         time.sleep(0.05)
     raise TimeoutError(f"waited {timeout} s for {what}")
+
+
+def kill_all(marker: str) -> None:
+    """SIGKILL for every process that carries this marker in its environment."""
+    for pid, _ in _processes(marker):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _processes(marker: str) -> list[tuple[int, str]]:

@@ -10,6 +10,7 @@ import pytest
 from job_helpers import ROOT, write_input
 
 from s2s_ray.pipelines import command
+from s2s_ray.presets.manifest import seal
 
 JOBS = {name: runpy.run_path(str(ROOT / "jobs" / f"{name}.py")) for name in ("summarize", "generate", "verify")}
 
@@ -69,17 +70,16 @@ def test_unreadable_footer(
 
 
 def test_tampered_preset(inputs: str, tiny_bart_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from s2s_ray.presets import PresetStore
-
-    version = PresetStore(str(tmp_path / "store")).publish(tiny_bart_dir, "tiny")
-    preset = f"{tmp_path}/store/{version}"
-    flags = ["--input", inputs, "--output", str(tmp_path / "out"), "--dry-run"]
-    assert outcome("generate", *flags, "--preset", preset, capsys=capsys)[0] == 0
-    copy = tmp_path / "copy"
-    shutil.copytree(tiny_bart_dir, copy)
-    (copy / "manifest.json").write_text('{"format": 1, "files": []}')
-    code, error = outcome("generate", *flags, "--preset", str(copy), capsys=capsys)
-    assert code in (2, 7) and "manifest" in error
+    preset = tmp_path / "preset"
+    shutil.copytree(tiny_bart_dir, preset)
+    seal(preset)
+    flags = ["--input", inputs, "--output", str(tmp_path / "out"), "--preset", str(preset), "--dry-run"]
+    assert outcome("generate", *flags, capsys=capsys)[0] == 0
+    weights = bytearray((preset / "model.safetensors").read_bytes())
+    weights[-100] ^= 1
+    (preset / "model.safetensors").write_bytes(weights)
+    code, error = outcome("generate", *flags, capsys=capsys)
+    assert code == 7 and "model.safetensors" in error
 
 
 def test_output_of_other_settings(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from checker import check
-from job_helpers import ROOT, job_environment, write_input
+from job_helpers import MARKER, ROOT, job_environment, kill_all, write_input
 
 RAY = str(Path(sys.executable).parent / "ray")
 ROWS = 20
@@ -32,7 +32,7 @@ def home_with_token(directory: Path, token: str) -> dict[str, str]:
     (directory / ".ray").mkdir(parents=True)
     (directory / ".ray" / "auth_token").write_text(token)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the entrypoint says "python"
-    environment = job_environment(HOME=str(directory), RAY_AUTH_MODE="token", PATH=path)
+    environment = job_environment(HOME=str(directory), RAY_AUTH_MODE="token", PATH=path, **{MARKER: secrets.token_hex(8)})
     del environment["PYTHONPATH"]
     return environment
 
@@ -65,7 +65,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
                 pytest.fail(f"ray start ended with {head.wait()}")
             yield f"http://127.0.0.1:{ports['dashboard-port']}", environment
         finally:
-            head.terminate()
+            kill_all(environment[MARKER])  # a polite end takes Ray half a minute
             head.communicate(timeout=60)
 
 
