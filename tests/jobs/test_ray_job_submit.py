@@ -32,7 +32,8 @@ def home_with_token(directory: Path, token: str) -> dict[str, str]:
     (directory / ".ray").mkdir(parents=True)
     (directory / ".ray" / "auth_token").write_text(token)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the entrypoint says "python"
-    environment = job_environment(HOME=str(directory), RAY_AUTH_MODE="token", PATH=path, **{MARKER: secrets.token_hex(8)})
+    marker = {MARKER: secrets.token_hex(8)}
+    environment = job_environment(HOME=str(directory), RAY_AUTH_MODE="token", PATH=path, **marker)
     del environment["PYTHONPATH"]
     return environment
 
