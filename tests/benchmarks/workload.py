@@ -116,7 +116,7 @@ def _length_codes(shape: Shape) -> Tensor:
 def make_rows(
     shape: Shape, count: int, *, shortest: int, longest: int, mean_output: int, seed: int = 1
 ) -> list[list[int]]:
-    """Sources of `shortest` to `longest` tokens, uniform, whose outputs have log-normal lengths of about `mean_output`."""
+    """Sources of uniform length whose outputs have log-normal lengths of about `mean_output` tokens."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shortest - 2, longest - 1, (count,), generator=generator).tolist()
     spread = 0.6
