@@ -1,6 +1,7 @@
 """Shared fixtures: real files, a real S3 server on a loopback port, tiny models written by transformers."""
 
 import json
+import os
 import pydoc_data.topics
 import uuid
 from collections.abc import Iterator
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: tests share their cores with Ray's processes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

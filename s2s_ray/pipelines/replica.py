@@ -103,6 +103,9 @@ class Replica:
     """The actor class. One Ray row in is one unit; it comes out with `answers` and `attempts` added."""
 
     def __init__(self, job: Job, num_threads: int | None) -> None:
+        # Before torch is loaded: OpenMP threads that spin while they wait starve the CPU stages on the same cores, and
+        # each other. Beside one busy process it made 60 rows take 17.5 s in place of 3.9 s (docs/performance.md).
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import torch
 
         from s2s_ray import presets
