@@ -1,7 +1,7 @@
 """Train the built-in summariser on Debian's package descriptions with `Seq2SeqLM.fit`.
 
     python tools/builtin_preset/data.py
-    python tools/builtin_preset/train.py --output .data/debian_summarizer_en --workers 10       # one GPU: minutes
+    python tools/builtin_preset/train.py        # one GPU: minutes; writes .data/debian_summarizer_en
     python tools/builtin_preset/train.py --output .data/try --limit 300 --pretrain-epochs 1 --epochs 1 --layers 1 1
 
 Three stages: a byte-level BPE on the training split; denoising of the long descriptions, as BART's pretraining; then
@@ -11,6 +11,7 @@ preset is the one with the highest ROUGE-L on validation rows. The test split is
 
 import argparse
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -288,7 +289,7 @@ def main() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(".data/descriptions"))
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path(".data/debian_summarizer_en"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vocabulary-size", type=int, default=8192)
     parser.add_argument("--layers", type=int, nargs=2, default=[4, 2], help="encoder and decoder layers")
@@ -300,7 +301,8 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, help="fewer epochs if they would take longer than this")
     parser.add_argument("--rate", type=float, default=6e-4)
     parser.add_argument("--mask", type=float, default=0.1, help="share of source tokens masked while fine-tuning")
-    parser.add_argument("--workers", type=int, default=0, help="processes that make noised batches")
+    workers = min(10, (os.cpu_count() or 1) - 1) if torch.cuda.is_available() else 0
+    parser.add_argument("--workers", type=int, default=workers, help="processes that make noised batches")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="use the first rows only, to try the script")
     parser.add_argument("--stop-before-choice", action="store_true")
