@@ -122,23 +122,41 @@ class Cohort:
             index = parents[:, :, None].expand(-1, -1, self._ancestry.shape[-1])
             self._ancestry = self._ancestry.gather(1, index)
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop every row but `rows` (int64 `[R']`)."""
-        self.num_rows = rows.numel()
-        heads = torch.arange(self.num_heads, device=rows.device)
-        pairs = (rows[:, None] * self.num_heads + heads).flatten()  # into R x H
-        self.cross = [(key[pairs], value[pairs]) for key, value in self.cross]
-        self.cross_bias = None if self.cross_bias is None else self.cross_bias[pairs]
+    def keep(self, order: list[int]) -> None:
+        """Row i becomes what row `order[i]` was; rows from `len(order)` on are dropped. See `closing_order`.
+
+        Only rows that move are copied, in place: with new buffers the same cost more than the dead rows did.
+        """
+        moved = [(to, row) for to, row in enumerate(order) if to != row]
+        self.num_rows = len(order)
+        device = self.cross[0][0].device
+        targets, sources = (self._pairs([pair[side] for pair in moved], device) for side in (0, 1))
+        kept = self._pairs(order, device)
         used = self.age * self.width
-        self._keys = [_kept(buffer, pairs, used) for buffer in self._keys]
-        self._values = [_kept(buffer, pairs, used) for buffer in self._values]
-        self._ancestry = None if self._ancestry is None else self._ancestry[rows]
+        self.cross = [
+            (_close(key, targets, sources, kept), _close(value, targets, sources, kept)) for key, value in self.cross
+        ]
+        self._keys = [_close(buffer, targets, sources, kept, used) for buffer in self._keys]
+        self._values = [_close(buffer, targets, sources, kept, used) for buffer in self._values]
+        self.cross_bias = None if self.cross_bias is None else self.cross_bias[kept]
+        self._ancestry = None if self._ancestry is None else self._ancestry[torch.tensor(order, device=device)]
+
+    def _pairs(self, rows: list[int], device: torch.device) -> Tensor:
+        heads = torch.arange(self.num_heads)
+        return (torch.tensor(rows, dtype=torch.int64)[:, None] * self.num_heads + heads).flatten().to(device)
 
 
-def _kept(buffer: Tensor, pairs: Tensor, used: int) -> Tensor:
-    kept = buffer.new_empty((pairs.numel(), *buffer.shape[1:]))
-    kept[:, :used] = buffer[pairs, :used]
-    return kept
+def closing_order(live: list[bool]) -> list[int]:
+    """Which row goes where so that the live ones stand first and the fewest move: the last ones fill the gaps."""
+    count = sum(live)
+    last = iter([row for row in range(count, len(live)) if live[row]])
+    return [row if live[row] else next(last) for row in range(count)]
+
+
+def _close(buffer: Tensor, targets: Tensor, sources: Tensor, kept: Tensor, used: int | None = None) -> Tensor:
+    if targets.numel():
+        buffer[targets, :used] = buffer[sources, :used]
+    return buffer[: kept.numel()]
 
 
 class DecoderCache:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from s2s_ray.errors import RowErrorReason, SettingsError
-from s2s_ray.generation.cache import Cohort, DecoderCache
+from s2s_ray.generation.cache import Cohort, DecoderCache, closing_order
 from s2s_ray.generation.requests import Finished, Request
 from s2s_ray.generation.samplers import Sampler
 from s2s_ray.generation.scheduler import Budget, Scheduler
@@ -20,7 +20,7 @@ from s2s_ray.generation.search import BeamSearch, SampleSearch, Search
 from s2s_ray.models.backbone import Backbone
 
 _WINDOW = 4096  # requests read ahead of the decoder, to be sorted by length
-_DEAD_SHARE = 0.25  # of a cohort: below this, dead rows cost less than moving the live ones
+_DEAD_SHARE = 0.1  # of a cohort; from here on its last live rows are moved into the gaps
 
 
 @dataclass(slots=True)
@@ -207,13 +207,14 @@ class Engine:
         for cohort in lane.cohorts:
             rows = range(start, start + cohort.num_rows)
             start += cohort.num_rows
-            live = [row for row in rows if not lane.answered[row]]
-            if not live:
+            live = [not lane.answered[row] for row in rows]
+            if not any(live):
                 continue
-            if len(live) <= (1 - _DEAD_SHARE) * len(rows):
-                cohort.keep(torch.tensor([row - rows.start for row in live], device=self.device))
-                rows = live  # type: ignore[assignment]
-            kept += rows
+            order = list(range(len(live)))
+            if live.count(False) >= max(1, _DEAD_SHARE * len(live)):
+                order = closing_order(live)
+                cohort.keep(order)
+            kept += [rows.start + row for row in order]
             cohorts.append(cohort)
         if not cohorts:
             del self._lanes[kind]

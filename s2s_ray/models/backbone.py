@@ -81,7 +81,9 @@ class Backbone(nn.Module, ABC):
 
     def encode(self, token_ids: Tensor, padding_mask: Tensor) -> Tensor:
         """token_ids int64 `[B, S]`, padding_mask bool `[B, S]`, True for tokens, to memory `[B, S, D]`."""
-        mask = None if bool(padding_mask.all()) else padding_mask[:, None, None]
+        # Asking whether there is padding waits for the device: worth it once a cohort, not in every training step.
+        unpadded = not self.training and bool(padding_mask.all())
+        mask = None if unpadded else padding_mask[:, None, None]
         x = self.embed_source(token_ids, padding_mask)
         for layer in self.encoder_layers:
             x = layer(x, mask)

@@ -75,9 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--shortest", type=int, default=5, help="source tokens")
     parser.add_argument("--longest", type=int, default=300, help="source tokens")
-    parser.add_argument("--mean-output", type=int, default=24, help="tokens")
+    parser.add_argument("--mean-source", type=int, default=80, help="tokens")
+    parser.add_argument(
+        "--mean-output", type=int, default=45, help="tokens asked for; the line at the end says what came"
+    )
     parser.add_argument("--num-beams", type=int, default=1)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 32, 64], help="tried for transformers")
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[16, 32, 64], help="tried for transformers")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--slots", type=int)
     parser.add_argument("--batch-tokens", type=int)
@@ -88,14 +91,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     shape = SHAPES[args.shape]
     model = make_model(shape).to(device=args.device, dtype=DTYPES[args.dtype])
-    rows = make_rows(shape, args.rows, shortest=args.shortest, longest=args.longest, mean_output=args.mean_output)
+    lengths = {"shortest": args.shortest, "longest": args.longest, "mean_source": args.mean_source}
+    rows = make_rows(shape, args.rows, **lengths, mean_output=args.mean_output)
     settings = GenerationSettings(
         max_length=143, num_beams=args.num_beams, eos_token_id=(2,), decoder_start_token_id=0, pad_token_id=1
     )
     contestants = {"s2s_ray": ours(model, rows, settings, args)}
     contestants |= {f"transformers, batch {b}": transformers(model, rows, settings, b) for b in args.batch_sizes}
     times, outputs = _measure(contestants, args.repeats)
-    _report(args, times, outputs)
+    counts = [len(row) for row in rows]
+    sources = {"mean": statistics.mean(counts), "least": min(counts), "most": max(counts)}
+    _report(args, sources, times, outputs)
 
 
 def _measure(
@@ -112,7 +118,9 @@ def _measure(
     return times, outputs
 
 
-def _report(args: argparse.Namespace, times: dict[str, list[float]], outputs: dict[str, Outputs]) -> None:
+def _report(
+    args: argparse.Namespace, sources: dict[str, float], times: dict[str, list[float]], outputs: dict[str, Outputs]
+) -> None:
     reference = outputs["s2s_ray"]
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     lengths = [len(row) for row in reference]
@@ -129,6 +137,7 @@ def _report(args: argparse.Namespace, times: dict[str, list[float]], outputs: di
     result = {
         "benchmark": "generate",
         **vars(args),
+        "source_tokens": sources,
         "output_tokens": {"mean": statistics.mean(lengths), "least": min(lengths), "most": max(lengths)},
         "results": table,
         "best_peer": best,

@@ -114,13 +114,14 @@ def _length_codes(shape: Shape) -> Tensor:
 
 
 def make_rows(
-    shape: Shape, count: int, *, shortest: int, longest: int, mean_output: int, seed: int = 1
+    shape: Shape, count: int, *, shortest: int, longest: int, mean_source: int, mean_output: int, seed: int = 1
 ) -> list[list[int]]:
-    """Sources of uniform length whose outputs have log-normal lengths of about `mean_output` tokens."""
+    """Sources and outputs with log-normal lengths, as texts have them: about `mean_source`, cut to `shortest` and
+    `longest`, and about `mean_output` tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(shortest - 2, longest - 1, (count,), generator=generator).tolist()
-    spread = 0.6
-    wanted = torch.exp(torch.randn(count, generator=generator) * spread + math.log(mean_output) - spread**2 / 2)
+    lengths = _log_normal(mean_source, 0.9, count, generator).clamp(shortest, longest).long().sub(2).tolist()
+    wanted = _log_normal(mean_output, 0.6, count, generator)
     groups = (wanted / 150 * GROUPS).clamp(1, GROUPS - 1).long().tolist()
     per_group = (shape.vocab_size - _FIRST_TOKEN) // GROUPS - 1
     rows = []
@@ -128,3 +129,7 @@ def make_rows(
         members = torch.randint(1, per_group, (length,), generator=generator) * GROUPS + group
         rows.append([0, *members.tolist(), 2])
     return rows
+
+
+def _log_normal(mean: float, spread: float, count: int, generator: torch.Generator) -> Tensor:
+    return torch.exp(torch.randn(count, generator=generator) * spread + math.log(mean) - spread**2 / 2)
