@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: tests share their cores with Ray's processes
 
 

@@ -9,7 +9,7 @@ from s2s_ray import models
 from s2s_ray.errors import PresetError, PresetIntegrityError, SettingsError, UnsupportedModelError
 from s2s_ray.models.backbone import Backbone
 from s2s_ray.models.bart import BartBackbone
-from s2s_ray.models.loading import build_backbone, resolve_dtype
+from s2s_ray.models.loading import build_backbone, resolve_dtype, save_weights
 from tests.models.contract import load_ours, reference_model
 from tests.models.test_bart import config
 
@@ -115,3 +115,18 @@ def test_packed_weights_follow_training(tmp_path: Path) -> None:
         ours.state_dict()["encoder_layers.0.feedforward.up.weight"].mul_(2)
     ours.pack()
     assert not torch.allclose(ours(batch), before)
+
+
+def test_shards_load_as_one_file_does(preset: Path, tmp_path: Path) -> None:
+    whole = build_backbone(BartBackbone, config().to_dict(), preset)
+    save_weights(whole, tmp_path, max_shard_bytes=20_000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    sharded = build_backbone(BartBackbone, config().to_dict(), tmp_path)
+    assert all(torch.equal(tensor, sharded.state_dict()[name]) for name, tensor in whole.state_dict().items())
+
+
+def test_tied_tensors_that_differ_are_refused(preset: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        PresetIntegrityError, match=r"ties model\.shared\.weight and lm_head\.weight, but the two differ"
+    ):
+        rewritten(preset, tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.ones(211, 32)}))
