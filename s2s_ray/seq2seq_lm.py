@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["GeneratedText", "Seq2SeqLM"]
 
 _TOKEN_KEYS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
-_SCORE_TOKENS = 8192  # target positions scored at one time
+_SCORE_ROWS = 32  # scored at one time
 
 
 class _Presets:
@@ -284,8 +284,7 @@ class Seq2SeqLM:
     @staticmethod
     def _score_batches(texts: Sequence[str]) -> Iterator[list[int]]:
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        size = max(1, min(32, _SCORE_TOKENS // 256))
-        return (order[i : i + size] for i in range(0, len(order), size))
+        return (order[i : i + _SCORE_ROWS] for i in range(0, len(order), _SCORE_ROWS))
 
     def save_to_preset(self, preset_dir: str | os.PathLike[str]) -> None:
         """Write a preset directory that `from_preset` and transformers load. All of it appears at once or not at all.

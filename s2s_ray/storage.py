@@ -177,7 +177,7 @@ class Location:
             failpoint("write.before")
             temporary = self._temporary_path()
             shutil.copyfile(local_file, temporary)
-            _fsync(temporary)
+            fsync(temporary)
             _replace_durably(temporary, Path(self.path))
         else:
             failpoint("write.before")
@@ -190,7 +190,7 @@ class Location:
         failpoint("read.before")
         with _as_oserror():
             self.fs.get_file(self.path, str(local_file))
-        _fsync(local_file)
+        fsync(local_file)
 
     def copy_to(self, other: "Location") -> None:
         """Copy this file; on one object store by a server-side copy, locally as an atomic write."""
@@ -214,7 +214,7 @@ class Location:
             if error.errno not in (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EMLINK):
                 raise
             shutil.copyfile(self.path, temporary)
-            _fsync(temporary)
+            fsync(temporary)
         _replace_durably(temporary, Path(other.path))
         failpoint("link.after")
 
@@ -258,7 +258,7 @@ class Location:
             return False
         finally:
             temporary.unlink(missing_ok=True)
-        _fsync(temporary.parent)
+        fsync(temporary.parent)
         return True
 
     def _put_exclusive(self, data: bytes) -> bool:
@@ -380,10 +380,11 @@ def _replace_durably(temporary: Path, target: Path) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    _fsync(target.parent)
+    fsync(target.parent)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Make a local file's content, or a directory's entries, survive a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -63,10 +63,6 @@ class Scheduler:
             del self._waiting[kind]
         return kind, cohort
 
-    def put_back(self, kind: Hashable, cohort: Iterable[Request], width: int) -> None:
-        """Queue rows again that could not be admitted."""
-        self.add(cohort, kind, width)
-
 
 def _length(request: Request) -> int:
     return len(request.token_ids)

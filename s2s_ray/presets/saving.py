@@ -1,6 +1,5 @@
 """Writing a preset directory so that nobody, not even after a crash, sees half of it."""
 
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from s2s_ray.errors import PresetError
 from s2s_ray.presets.manifest import seal, strangers
-from s2s_ray.storage import failpoint
+from s2s_ray.storage import failpoint, fsync
 
 
 @contextmanager
@@ -28,7 +27,7 @@ def new_preset(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in temporary.iterdir():
-            _fsync(path)
+            fsync(path)
         seal(temporary)
         failpoint("preset.save")
         _swap(temporary, target)
@@ -50,12 +49,4 @@ def _swap(temporary: Path, target: Path) -> None:
         failpoint("preset.swap")
         temporary.rename(target)
         shutil.rmtree(old, ignore_errors=True)
-    _fsync(target.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(target.parent)
