@@ -1,15 +1,12 @@
 """What a generate job can be told: one frozen dataclass, from which the flags and the TOML file's keys are made."""
 
-import argparse
-import dataclasses
-import difflib
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
-from pathlib import Path
 from typing import Any
 
 from s2s_ray.errors import SettingsError
+from s2s_ray.pipelines import flags
+from s2s_ray.pipelines.flags import check_types, fields_of, flag, identity, require, setting
 
 SAMPLERS = ("greedy", "beam", "random", "top_k", "top_p")
 ON_LONG = ("truncate", "error")
@@ -17,78 +14,68 @@ PUBLISH = ("auto", "rename", "copy", "none")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _setting(
-    default: Any, help: str, kind: type = str, *, unit: str = "", choices: Sequence[str] = (), identity: bool = True
-) -> Any:
-    """A field. `identity`: part of the fingerprint, because rows may come out differently when it changes."""
-    metadata = {"help": help, "kind": kind, "unit": unit, "choices": tuple(choices), "identity": identity}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True, kw_only=True)
 class GenerateSettings:
     """All settings of a generate job. None means the preset's own value. Raises SettingsError when out of range."""
 
-    input: tuple[str, ...] = _setting(
+    input: tuple[str, ...] = setting(
         MISSING, "Parquet files, folders or globs on any fsspec filesystem, read in the order given", tuple
     )
-    output: str = _setting(MISSING, "directory to write; a rerun with the same settings resumes", identity=False)
-    preset: str = _setting(MISSING, "built-in name, directory, hf://org/name@revision, store name@version, or URL")
-    text_column: str = _setting("text", "column with the source text (string, or binary read as UTF-8)")
-    summary_column: str = _setting("summary", "name of the new column with the generated text")
-    columns: tuple[str, ...] | None = _setting(None, "input columns to keep; all by default", tuple)
-    score: bool = _setting(False, "add a `score` column: sum of log-probabilities (beams: length-normalised)", bool)
-    source_prefix: str | None = _setting(None, "text put before every source, such as T5's 'summarize: '")
-    max_source_length: int | None = _setting(None, "longest source, special tokens included", int, unit="tokens")
-    max_target_length: int | None = _setting(None, "most new tokens, the end token included", int, unit="tokens")
-    min_length: int | None = _setting(None, "shortest target, as transformers' min_length", int, unit="tokens")
-    num_beams: int | None = _setting(None, "beams per row", int)
-    sampler: str | None = _setting(None, "how the next token is chosen", choices=SAMPLERS)
-    temperature: float | None = _setting(None, "divides the logits when sampling", float)
-    top_k: int | None = _setting(None, "sample among the k likeliest tokens (sampler top_k: 5)", int)
-    top_p: float | None = _setting(None, "sample among tokens of this total probability (sampler top_p: 0.1)", float)
-    length_penalty: float | None = _setting(None, "exponent of the length in a beam's score", float)
-    no_repeat_ngram_size: int | None = _setting(None, "no n-gram of this size comes twice; 0 is off", int)
-    repetition_penalty: float | None = _setting(None, "above 1 makes tokens that came already less likely", float)
-    seed: int = _setting(0, "with the row's position it alone decides what is sampled", int)
-    dtype: str = _setting("float32", "of weights and activations", choices=DTYPES)
-    on_long: str = _setting("truncate", "sources above the limit: cut and marked, or an error row", choices=ON_LONG)
-    skip_bad_files: bool = _setting(False, "leave out files with an unreadable footer instead of stopping", bool)
-    rows_per_unit: int | None = _setting(
+    output: str = setting(MISSING, "directory to write; a rerun with the same settings resumes", identity=False)
+    preset: str = setting(MISSING, "built-in name, directory, hf://org/name@revision, store name@version, or URL")
+    text_column: str = setting("text", "column with the source text (string, or binary read as UTF-8)")
+    summary_column: str = setting("summary", "name of the new column with the generated text")
+    columns: tuple[str, ...] | None = setting(None, "input columns to keep; all by default", tuple)
+    score: bool = setting(False, "add a `score` column: sum of log-probabilities (beams: length-normalised)", bool)
+    source_prefix: str | None = setting(None, "text put before every source, such as T5's 'summarize: '")
+    max_source_length: int | None = setting(None, "longest source, special tokens included", int, unit="tokens")
+    max_target_length: int | None = setting(None, "most new tokens, the end token included", int, unit="tokens")
+    min_length: int | None = setting(None, "shortest target, as transformers' min_length", int, unit="tokens")
+    num_beams: int | None = setting(None, "beams per row", int)
+    sampler: str | None = setting(None, "how the next token is chosen", choices=SAMPLERS)
+    temperature: float | None = setting(None, "divides the logits when sampling", float)
+    top_k: int | None = setting(None, "sample among the k likeliest tokens (sampler top_k: 5)", int)
+    top_p: float | None = setting(None, "sample among tokens of this total probability (sampler top_p: 0.1)", float)
+    length_penalty: float | None = setting(None, "exponent of the length in a beam's score", float)
+    no_repeat_ngram_size: int | None = setting(None, "no n-gram of this size comes twice; 0 is off", int)
+    repetition_penalty: float | None = setting(None, "above 1 makes tokens that came already less likely", float)
+    seed: int = setting(0, "with the row's position it alone decides what is sampled", int)
+    dtype: str = setting("float32", "of weights and activations", choices=DTYPES)
+    on_long: str = setting("truncate", "sources above the limit: cut and marked, or an error row", choices=ON_LONG)
+    skip_bad_files: bool = setting(False, "leave out files with an unreadable footer instead of stopping", bool)
+    rows_per_unit: int | None = setting(
         None, "rows that are committed together; by default about 1/200 of the input, 128 to 10000", int, unit="rows"
     )
-    max_error_rate: float = _setting(0.1, "share of rows that may fail before the job does", float, identity=False)
-    max_batch_tokens: int | None = _setting(
+    max_error_rate: float = setting(0.1, "share of rows that may fail before the job does", float, identity=False)
+    max_batch_tokens: int | None = setting(
         None, "memory bound of one replica's engine; found by itself by default", int, unit="tokens", identity=False
     )
-    device: str | None = _setting(None, "cpu or cuda; by default a GPU where there is one", identity=False)
-    num_replicas: str = _setting(
+    device: str | None = setting(None, "cpu or cuda; by default a GPU where there is one", identity=False)
+    num_replicas: str = setting(
         "auto", "models at work: N, MIN:MAX to autoscale, or auto (one per GPU, else per node)", identity=False
     )
-    gpus_per_replica: float | None = _setting(
+    gpus_per_replica: float | None = setting(
         None, "GPUs reserved per replica; by default 1 where the cluster has GPUs", float, unit="GPUs", identity=False
     )
-    publish: str = _setting(
+    publish: str = setting(
         "auto", "rename: links on a local disk; copy; none: manifest only", choices=PUBLISH, identity=False
     )
-    dry_run: bool = _setting(False, "print the plan and stop; nothing is written", bool, identity=False)
-    address: str | None = _setting(
+    dry_run: bool = setting(False, "print the plan and stop; nothing is written", bool, identity=False)
+    address: str | None = setting(
         None, "Ray cluster to use; by default RAY_ADDRESS, else a Ray of its own on this machine", identity=False
     )
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = _checked(field, getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
-        _require(bool(self.input), "input", "at least one path", self.input)
+        check_types(self)
+        require(bool(self.input), "input", "at least one path", self.input)
         for name in ("max_source_length", "max_target_length", "num_beams", "rows_per_unit", "max_batch_tokens"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, "at least 1", value)
-        _require(0 <= self.max_error_rate <= 1, "max_error_rate", "from 0 to 1", self.max_error_rate)
+            require(value is None or value >= 1, name, "at least 1", value)
+        require(0 <= self.max_error_rate <= 1, "max_error_rate", "from 0 to 1", self.max_error_rate)
         gpus = self.gpus_per_replica
-        _require(gpus is None or 0 <= gpus < 64, "gpus_per_replica", "from 0 to 64", gpus)
-        _require(bool(self.text_column), "text_column", "a column name", self.text_column)
-        _require(bool(self.summary_column), "summary_column", "a column name", self.summary_column)
+        require(gpus is None or 0 <= gpus < 64, "gpus_per_replica", "from 0 to 64", gpus)
+        require(bool(self.text_column), "text_column", "a column name", self.text_column)
+        require(bool(self.summary_column), "summary_column", "a column name", self.summary_column)
         self.replica_range()
         self.generation_changes()
 
@@ -98,7 +85,7 @@ class GenerateSettings:
             return None
         low, _, high = self.num_replicas.partition(":")
         if not (low.isdecimal() and (high or low).isdecimal() and 1 <= int(low) <= int(high or low)):
-            _require(False, "num_replicas", "N, MIN:MAX or auto, of at least 1", self.num_replicas)
+            require(False, "num_replicas", "N, MIN:MAX or auto, of at least 1", self.num_replicas)
         return int(low), int(high or low)
 
     def generation_changes(self) -> dict[str, Any]:
@@ -123,7 +110,7 @@ class GenerateSettings:
         given = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         for name, value in given.items():
             if value is not None and not sampling:
-                raise SettingsError(f"{_flag(name)} needs --sampler random, top_k or top_p. Received: {self.sampler}")
+                raise SettingsError(f"{flag(name)} needs --sampler random, top_k or top_p. Received: {self.sampler}")
         if self.sampler in (None, "beam"):
             beams = self.num_beams or (5 if self.sampler else None)  # KerasHub's BeamSampler has 5
             return {"num_beams": beams, "do_sample": False if beams else None}
@@ -141,99 +128,12 @@ class GenerateSettings:
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide what the rows are, for the fingerprint; inputs and preset go in by content."""
-        left_out = {"input", "preset"}
-        return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.metadata["identity"] and field.name not in left_out
-        }
+        return identity(self, left_out=("input", "preset"))
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(GenerateSettings)}
-
-
-def add_flags(parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
-    """One flag per field, and --config. `defaults` only changes what the help says."""
-    parser.add_argument("--config", metavar="FILE.toml", help="settings from a file; flags win over it")
-    for name, field in FIELDS.items():
-        metadata = field.metadata
-        default = defaults.get(name, field.default)
-        notes = [f"in {metadata['unit']}"] if metadata["unit"] else []
-        if default not in (None, MISSING, False):
-            notes.append(f"default {' '.join(default) if isinstance(default, tuple) else default}")
-        text = metadata["help"].replace("%", "%%") + (f" ({'; '.join(notes)})" if notes else "")
-        options: dict[str, Any] = {"help": text, "dest": name, "default": None}
-        if metadata["kind"] is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif metadata["kind"] is tuple:
-            options |= {"nargs": "*" if default is None else "+", "action": "extend", "metavar": name.upper()}
-        else:
-            options |= {"type": metadata["kind"], "choices": metadata["choices"] or None}
-        parser.add_argument(_flag(name), **options)
+FIELDS = fields_of(GenerateSettings)
 
 
 def parse(argv: Sequence[str], description: str, defaults: Mapping[str, Any]) -> GenerateSettings:
     """Settings from flags, over those of --config, over `defaults`. Raises SettingsError; argparse SystemExit(2)."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_flags(parser, defaults)
-    flags = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    config = flags.pop("config", None)
-    values = {**defaults, **(read_config(Path(config)) if config else {}), **flags}
-    missing = [name for name, field in FIELDS.items() if field.default is MISSING and name not in values]
-    if missing:
-        raise SettingsError(f"{', '.join(map(_flag, missing))} must be given")
-    return GenerateSettings(**values)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file; keys are field names, with - or _. Raises SettingsError that names close matches."""
-    try:
-        table = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"--config must be a readable TOML file. Received: {path} ({error})") from error
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        name = key.replace("-", "_")
-        if name not in FIELDS:
-            close = difflib.get_close_matches(name, FIELDS, n=3) or sorted(FIELDS)
-            raise SettingsError(f"unknown setting {key!r} in {path}; did you mean {' or '.join(close)}?")
-        values[name] = value
-    return values
-
-
-def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
-    """The value in its declared type (a TOML file gives lists and whole numbers), or SettingsError."""
-    kind, name = field.metadata["kind"], field.name
-    if value is None and field.default is None:
-        return None
-    if kind is tuple and not isinstance(value, str) and isinstance(value, Sequence):
-        if all(isinstance(item, str) for item in value):
-            return tuple(value)
-    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        _require(value == value and abs(value) != float("inf"), name, "a finite number", value)
-        return float(value)
-    elif kind is str and name == "num_replicas" and isinstance(value, int):
-        return str(value)
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        choices = field.metadata["choices"]
-        _require(not choices or value in choices, name, f"one of {', '.join(choices)}", value)
-        return value
-    wanted = {
-        tuple: "a list of strings",
-        str: "a string",
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-    }
-    raise SettingsError(f"{name} must be {wanted[kind]}. Received: {value!r}")
-
-
-def _require(holds: bool, name: str, what: str, value: object) -> None:
-    if not holds:
-        raise SettingsError(f"{_flag(name)} must be {what}. Received: {value!r}")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return flags.parse(GenerateSettings, argv, description, defaults)
