@@ -22,14 +22,16 @@ class Backbone(nn.Module, ABC):
     """An encoder-decoder network without text handling.
 
     A family sets `checkpoint_names` (pieces of our parameter names and what the checkpoint calls them, applied in
-    order), `checkpoint_aliases` (other checkpoint names that may hold, or repeat, the same tensor) and
-    `optional_parameters` (ours, left as initialised when the checkpoint has none), builds `encoder_layers` and
-    `decoder_layers`, and says how tokens are embedded and how hidden states become logits. Everything here follows.
+    order), `checkpoint_aliases` (other checkpoint names that may hold, or repeat, the same tensor),
+    `checkpoint_ignored` (names of old checkpoints that no computation uses) and `optional_parameters` (ours, zero when
+    the checkpoint has none), builds `encoder_layers` and `decoder_layers`, and says how tokens are embedded and how
+    hidden states become logits. Everything here follows.
     """
 
     model_type: ClassVar[str]
     checkpoint_names: ClassVar[tuple[tuple[str, str], ...]]
     checkpoint_aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    checkpoint_ignored: ClassVar[frozenset[str]] = frozenset()
     optional_parameters: ClassVar[frozenset[str]] = frozenset()
 
     encoder_layers: nn.ModuleList

@@ -54,6 +54,7 @@ class BartBackbone(Backbone):
         "model.encoder.embed_tokens.weight": ("model.shared.weight",),
         "model.decoder.embed_tokens.weight": ("model.shared.weight",),
     }
+    checkpoint_ignored = frozenset({"model.encoder.version", "model.decoder.version"})
     optional_parameters = frozenset({"logits_bias"})
 
     def __init__(self, config: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Weights between a preset directory's safetensors and a backbone, by name, shape and dtype; nothing is guessed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,11 @@ def initialise(backbone: nn.Module, std: float) -> None:
 
 def _match(backbone: Backbone, files: WeightFiles) -> dict[str, str | None]:
     """For each of our tensors the checkpoint's name of it (None: optional and absent)."""
-    bare = not any(name.startswith("model.") for name in files.tensors)
     sources: dict[str, str | None] = {}
-    used: set[str] = set()
+    used = set(_spellings(files, backbone.checkpoint_ignored))
     for ours, tensor in backbone.state_dict().items():
         name = backbone.checkpoint_name(ours)
-        aliases = (name, *backbone.checkpoint_aliases.get(name, ()))
-        if bare:  # saved from the network without its task: the names lack their first part
-            aliases += tuple(alias.removeprefix("model.") for alias in aliases)
+        aliases = _spellings(files, (name, *backbone.checkpoint_aliases.get(name, ())))
         found = next((alias for alias in aliases if alias in files.tensors), None)
         used.update(aliases)
         if found is None and ours not in backbone.optional_parameters:
@@ -91,12 +88,18 @@ def _match(backbone: Backbone, files: WeightFiles) -> dict[str, str | None]:
     return sources
 
 
+def _spellings(files: WeightFiles, names: Iterable[str]) -> tuple[str, ...]:
+    """The names, and if the weights were saved from the network without its task, the same without their first part."""
+    bare = not any(name.startswith("model.") for name in files.tensors)
+    return (*names, *(name.removeprefix("model.") for name in names)) if bare else tuple(names)
+
+
 def _check_repeats(backbone: Backbone, files: WeightFiles, sources: Mapping[str, str | None]) -> None:
     """Tensors that the model shares must be equal where the checkpoint holds several copies of them."""
     taken = set(sources.values())
     for ours, found in sources.items():
         aliases = backbone.checkpoint_aliases.get(backbone.checkpoint_name(ours), ())
-        for alias in aliases:
+        for alias in _spellings(files, aliases):
             if found is None or alias in taken or alias not in files.tensors:
                 continue
             if not torch.equal(_read(files, found), _read(files, alias)):

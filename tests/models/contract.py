@@ -4,15 +4,19 @@ A family's test module hands a transformers config to `check_family`. Only the w
 the public import path.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from s2s_ray import models
+from s2s_ray.errors import PresetIntegrityError
 from s2s_ray.generation.engine import Engine
 from s2s_ray.generation.requests import Finished, Request
 from s2s_ray.generation.settings import GenerationSettings
@@ -25,30 +29,54 @@ transformers.logging.disable_progress_bar()
 
 
 def reference_model(config: Any, *, stop_bias: float = 0.0, seed: int = 0) -> Any:
-    """A random transformers model; `stop_bias` is added to the logit of its end token so that outputs end raggedly."""
+    """A random transformers model; with `stop_bias` its outputs end raggedly.
+
+    It is added to the end token's logit, or, in a family whose logits have no bias, multiplies the row of the output
+    projection that makes that logit.
+    """
     torch.manual_seed(seed)
     model = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
     if stop_bias:
         with torch.no_grad():
-            model.final_logits_bias.copy_(torch.randn_like(model.final_logits_bias) * 0.3)
-            model.final_logits_bias[0, config.eos_token_id] += stop_bias
+            if hasattr(model, "final_logits_bias"):
+                model.final_logits_bias.copy_(torch.randn_like(model.final_logits_bias) * 0.3)
+                model.final_logits_bias[0, config.eos_token_id] += stop_bias
+            else:
+                model.get_output_embeddings().weight[config.eos_token_id] *= stop_bias
     return model
 
 
 def load_ours(model: Any, directory: Path) -> Backbone:
     """The same model through our import path."""
     model.save_pretrained(directory)
+    return load_directory(directory)
+
+
+def load_directory(directory: Path) -> Backbone:
+    """A directory that transformers wrote, through our import path."""
     config = read_json_object(directory / "config.json")
     task = models.task_class(config["model_type"])
     return build_backbone(task.backbone_cls, config, directory).eval()
 
 
 def sources(config: Any, count: int, seed: int = 1, longest: int = 40) -> list[list[int]]:
-    """Ragged rows of ids, 3 to `longest` + 2 tokens, special tokens at both ends."""
+    """Ragged rows of ids, 2 to `longest` + 1 tokens: the start token (if the family has one), ordinary tokens, the end
+    token.
+    """
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
-    draw = (torch.randint(4, config.vocab_size, (n,), generator=generator).tolist() for n in lengths)
-    return [[0, *ids, config.eos_token_id] for ids in draw]
+    bos = [] if config.bos_token_id is None else [config.bos_token_id]
+    rows = (ordinary_tokens(config, config.vocab_size, (n,), generator).tolist() for n in lengths)
+    return [[*bos, *row, config.eos_token_id] for row in rows]
+
+
+def ordinary_tokens(config: Any, vocabulary_size: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Random ids below `vocabulary_size`, int64, none of them a special token."""
+    ids = torch.randint(4, vocabulary_size, shape, generator=generator)
+    ids_of = (config.pad_token_id, config.eos_token_id, config.bos_token_id, config.decoder_start_token_id)
+    special = [token for token in ids_of if token is not None]
+    plain = next(token for token in range(4, vocabulary_size) if token not in special)
+    return torch.where(torch.isin(ids, torch.tensor(special)), plain, ids)
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -98,7 +126,10 @@ def our_tokens(engine: Engine, rows: list[list[int]], settings: GenerationSettin
 
 
 def check_family(config: Any, tmp_path: Path, *, stop_bias: float = 0.0) -> None:
-    """Logits, greedy and beam tokens, batched = single, cached = uncached, and the way back to transformers."""
+    """Logits, greedy and beam tokens, batched = single, cached = uncached, and the way back to transformers.
+
+    With `stop_bias` (see `reference_model`) the rows' outputs must end at different lengths.
+    """
     model = reference_model(config, stop_bias=stop_bias)
     ours = load_ours(model, tmp_path / "theirs")
     rows = sources(config, 12)
@@ -110,19 +141,35 @@ def check_family(config: Any, tmp_path: Path, *, stop_bias: float = 0.0) -> None
     assert batched == reference_tokens(model, rows, max_length=24)
     assert our_tokens(engine, rows, beam) == reference_tokens(model, rows, max_length=24, num_beams=4)
     assert [our_tokens(engine, [row], greedy)[0] for row in rows] == batched
+    if stop_bias:
+        assert len({len(row[0]) for row in batched}) > 1, "no ragged end: choose another stop_bias"
     _check_cached_is_uncached(ours, rows, batched, config)
     _check_way_back(model, ours, tmp_path / "ours")
 
 
 def _check_logits(model: Any, ours: Backbone, rows: list[list[int]]) -> None:
-    ids, mask = padded(rows, model.config.pad_token_id)
-    targets = torch.randint(4, model.config.vocab_size, (len(rows), 9), generator=torch.Generator().manual_seed(2))
+    batch = teacher_forced(model.config, rows)
+    theirs = reference_logits(model, batch)
     with torch.no_grad():
-        theirs = model(input_ids=ids, attention_mask=mask, decoder_input_ids=targets).logits
-        batch = {"encoder_token_ids": ids, "encoder_padding_mask": mask, "decoder_token_ids": targets}
         assert (ours(batch) - theirs).abs().max() <= 1e-4
         ours.pack()
         assert (ours(batch) - theirs).abs().max() <= 1e-4
+
+
+def teacher_forced(config: Any, rows: list[list[int]], length: int = 9) -> dict[str, Tensor]:
+    """A batch of the rows with random targets of `length` tokens."""
+    ids, mask = padded(rows, config.pad_token_id)
+    size = getattr(config, "decoder_vocab_size", None) or config.vocab_size
+    targets = ordinary_tokens(config, size, (len(rows), length), torch.Generator().manual_seed(2))
+    return {"encoder_token_ids": ids, "encoder_padding_mask": mask, "decoder_token_ids": targets}
+
+
+@torch.no_grad()
+def reference_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """transformers' logits `[B, T, V]` of a batch in our names."""
+    ids, mask, targets = (batch[name] for name in ("encoder_token_ids", "encoder_padding_mask", "decoder_token_ids"))
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, decoder_input_ids=targets).logits
+    return logits
 
 
 @torch.no_grad()
@@ -142,10 +189,39 @@ def _check_cached_is_uncached(
     assert torch.equal(chosen[real], targets[real])
 
 
+def check_files(config: Any, tmp_path: Path) -> None:
+    """Every tensor of a checkpoint is needed, no other is accepted, and copies of tied ones must be equal.
+
+    One config for each way of tying is enough; few layers make it quick.
+    """
+    model = reference_model(config)
+    ours = load_ours(model, tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+
+    def load(tensors: Mapping[str, Tensor]) -> Backbone:
+        save_file(dict(tensors), tmp_path / "model.safetensors", metadata={"format": "pt"})
+        return load_directory(tmp_path)
+
+    names = {ours.checkpoint_name(name): name for name in ours.state_dict()}
+    for name in held:
+        optional = names[name] in ours.optional_parameters
+        if not optional and not held.keys() & set(ours.checkpoint_aliases.get(name, ())):
+            with pytest.raises(PresetIntegrityError, match=rf"must hold {re.escape(name)}; it is missing"):
+                load({key: tensor for key, tensor in held.items() if key != name})
+    with pytest.raises(PresetIntegrityError, match="nothing in the model takes a_stranger"):
+        load({**held, "a_stranger": torch.zeros(2)})
+    for copy, original in model.all_tied_weights_keys.items():
+        again = load({**held, copy: held[original].clone()})
+        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in ours.state_dict().items())
+        with pytest.raises(PresetIntegrityError, match="but the two differ"):
+            load({**held, copy: held[original] + 1})
+
+
 def _check_way_back(model: Any, ours: Backbone, directory: Path) -> None:
     directory.mkdir()
     model.config.save_pretrained(directory)
     save_weights(ours, directory, max_shard_bytes=20_000)
-    again = type(model).from_pretrained(directory)
+    again, report = type(model).from_pretrained(directory, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name

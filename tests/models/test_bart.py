@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from transformers import BartConfig
 
-from tests.models.contract import check_family
+from tests.models.contract import check_family, check_files
 
 
 def config(**changes: Any) -> BartConfig:
@@ -29,7 +29,7 @@ def config(**changes: Any) -> BartConfig:
         pytest.param({}, 0.0, id="plain"),
         pytest.param({}, 6.0, id="ragged-output-and-logits-bias"),
         pytest.param({"encoder_layers": 3, "decoder_layers": 1}, 5.0, id="distilbart"),
-        pytest.param({"scale_embedding": True, "activation_function": "relu", "init_std": 0.15}, 5.0, id="scaled-relu"),
+        pytest.param({"scale_embedding": True, "activation_function": "relu"}, 5.0, id="scaled-relu"),
         pytest.param({"tie_word_embeddings": False, "activation_function": "gelu_new"}, 5.0, id="own-head"),
         pytest.param(
             {"encoder_attention_heads": 8, "decoder_attention_heads": 2, "decoder_ffn_dim": 40}, 5.0, id="heads"
@@ -38,3 +38,8 @@ def config(**changes: Any) -> BartConfig:
 )
 def test_bart_is_transformers_bart(changes: dict[str, Any], stop_bias: float, tmp_path: Path) -> None:
     check_family(config(**changes), tmp_path, stop_bias=stop_bias)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_tensor_of_the_checkpoint_counts(tied: bool, tmp_path: Path) -> None:
+    check_files(config(encoder_layers=1, decoder_layers=1, tie_word_embeddings=tied), tmp_path)

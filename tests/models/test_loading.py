@@ -38,6 +38,10 @@ def test_a_left_over_tensor_is_named(preset: Path, tmp_path: Path) -> None:
         rewritten(preset, tmp_path, lambda tensors: tensors.update({"model.stranger": torch.zeros(2)}))
 
 
+def test_what_old_checkpoints_hold_besides_is_ignored(preset: Path, tmp_path: Path) -> None:
+    rewritten(preset, tmp_path, lambda tensors: tensors.update({"model.encoder.version": torch.zeros(1)}))
+
+
 def test_a_wrong_shape_is_named(preset: Path, tmp_path: Path) -> None:
     with pytest.raises(PresetIntegrityError, match=r"must have shape \[64, 32\]. Received: \[3, 32\]"):
         rewritten(preset, tmp_path, lambda t: t.update({"model.encoder.layers.0.fc1.weight": torch.zeros(3, 32)}))
@@ -58,6 +62,13 @@ def test_names_without_their_first_part_are_known(preset: Path, tmp_path: Path) 
     assert torch.equal(
         ours.state_dict()["token_embedding.weight"], load_file(preset / "model.safetensors")["model.shared.weight"]
     )
+
+    def differing(tensors: dict[str, torch.Tensor]) -> None:
+        bare(tensors)
+        tensors["decoder.embed_tokens.weight"] = tensors["shared.weight"] + 1
+
+    with pytest.raises(PresetIntegrityError, match="ties shared.weight and decoder.embed_tokens.weight"):
+        rewritten(preset, tmp_path, differing)
 
 
 def test_repeated_embeddings_are_taken_as_one(preset: Path, tmp_path: Path) -> None:
