@@ -20,6 +20,10 @@ class SettingsError(S2SRayError, ValueError):
     """A setting is unknown, of the wrong type, or out of range."""
 
 
+class LanguageError(SettingsError):
+    """A language that the preset does not know, or a preset that knows no languages."""
+
+
 class InputError(S2SRayError, ValueError):
     """The input dataset cannot be used as it is: nothing found, unreadable footer, missing or clashing columns."""
 
@@ -75,6 +79,7 @@ class RowErrorReason(StrEnum):
     INVALID_UTF8 = "INVALID_UTF8"
     TOO_LONG = "TOO_LONG"
     TOKENIZER_FAILED = "TOKENIZER_FAILED"
+    UNKNOWN_LANGUAGE = "UNKNOWN_LANGUAGE"
     UNREADABLE = "UNREADABLE"
     OOM_SINGLE_ROW = "OOM_SINGLE_ROW"
     NONFINITE = "NONFINITE"

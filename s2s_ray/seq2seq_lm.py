@@ -21,6 +21,7 @@ from s2s_ray.models.backbone import Backbone
 from s2s_ray.models.loading import build_backbone, save_weights
 from s2s_ray.presets.saving import new_preset
 from s2s_ray.task_inputs import Calls, GeneratedText, read_inputs
+from s2s_ray.text.inputs import Lang, is_column
 from s2s_ray.text.preprocessor import Seq2SeqLMPreprocessor
 from s2s_ray.text.tokenizer import read_json_object
 
@@ -93,12 +94,14 @@ class Seq2SeqLM:
         encoder_sequence_length: int | None = None,
         decoder_sequence_length: int | None = None,
         source_prefix: str | None = None,
+        source_lang: str | None = None,
+        target_lang: str | None = None,
     ) -> "Seq2SeqLM":
         """Load a preset: a built-in name, a directory, `hf://org/name[@revision]`, a URL, or `name@version` of a store.
 
         load_weights=False initialises randomly. dtype: "float32" (default), "bfloat16" or "float16". device: as
-        torch's, default "cpu". The lengths, in tokens, and `source_prefix` override the preset's preprocessor. Raises
-        PresetError, PresetIntegrityError or UnsupportedModelError.
+        torch's, default "cpu". The lengths, in tokens, `source_prefix` and the languages override the preset's
+        preprocessor. Raises PresetError, PresetIntegrityError, UnsupportedModelError or LanguageError.
         """
         if quantization is not None:
             raise SettingsError(f"quantization must be None: int8 is not there yet. Received: {quantization!r}")
@@ -112,6 +115,8 @@ class Seq2SeqLM:
             encoder_sequence_length=encoder_sequence_length,
             decoder_sequence_length=decoder_sequence_length,
             source_prefix=source_prefix,
+            source_lang=source_lang,
+            target_lang=target_lang,
         )
         weights = directory if load_weights else None
         backbone = build_backbone(task.backbone_cls, config, weights, dtype=dtype, device=device)
@@ -184,6 +189,8 @@ class Seq2SeqLM:
         stop_token_ids: Any = "auto",
         strip_prompt: bool = False,
         *,
+        source_lang: Lang = None,
+        target_lang: Lang = None,
         sampler: Any = None,
         seed: Any = None,
         row_ids: Sequence[int] | None = None,
@@ -203,10 +210,11 @@ class Seq2SeqLM:
         `decoder_token_ids` and `decoder_padding_mask`, and is the form for a task without preprocessor.
 
         max_length: tokens, start token and prompt included; default the preset's. stop_token_ids: "auto" (the
-        preset's), None (run to the limit), an id or several. sampler: as in `compile`, for this call. seed, row_ids: a
-        row's draws depend on these two alone; row ids default to 0, 1, ... num_return_sequences > 1 gives a list for
-        each row. return_scores: gives (outputs, scores). return_details: gives GeneratedText in place of strings.
-        batch_tokens: source tokens x beams decoded at one time. settings: any field of GenerationSettings. Every
+        preset's), None (run to the limit), an id or several. source_lang, target_lang: languages by name, for a preset
+        that has some (`preprocessor.languages`). sampler: as in `compile`, for this call. seed, row_ids: a row's draws
+        depend on these two alone; row ids default to 0, 1, ... num_return_sequences > 1 gives a list for each row.
+        return_scores: gives (outputs, scores). return_details: gives GeneratedText in place of strings. batch_tokens:
+        source tokens x beams decoded at one time. settings: any field of GenerationSettings. Every
         setting also takes a list with one value per row. Raises SettingsError or TypeError for settings,
         TokenizationError for text that cannot be read.
         """
@@ -225,7 +233,7 @@ class Seq2SeqLM:
             row_ids,
             default_max_length=self._default_max_length(),
         )
-        read = read_inputs(inputs, self.preprocessor)
+        read = read_inputs(inputs, self.preprocessor, source_lang, target_lang)
         engine = self._engine(batch_tokens, None, chosen if chosen is not None and chosen.is_custom else None)
         truncated_before = self.preprocessor.truncated_sources if self.preprocessor else 0
         finished = self._run(engine, calls.requests(read.rows))
@@ -252,11 +260,20 @@ class Seq2SeqLM:
             warnings.warn(f"{count} sources were cut to {length} tokens (encoder_sequence_length)", stacklevel=3)
 
     @torch.inference_mode()
-    def score(self, sources: Any, targets: Any = None, *, per_token: bool = False) -> Any:
+    def score(
+        self,
+        sources: Any,
+        targets: Any = None,
+        *,
+        source_lang: Lang = None,
+        target_lang: Lang = None,
+        per_token: bool = False,
+    ) -> Any:
         """Log-probabilities of given targets: the sum over the target's tokens, special tokens included.
 
         sources and targets: two strings or two sequences of strings, or one dictionary of `encoder_text` and
-        `decoder_text`. Returns a float for strings, else float32 `[rows]`; with per_token a float32 array per row.
+        `decoder_text`; the languages as in `generate`. Returns a float for strings, else float32 `[rows]`; with
+        per_token a float32 array per row.
         """
         if self.preprocessor is None:
             raise SettingsError("score needs a preprocessor: load the task with from_preset")
@@ -265,12 +282,13 @@ class Seq2SeqLM:
         source_texts, target_texts = (
             [t] if single else list(t) for t in (pairs["encoder_text"], pairs["decoder_text"])
         )
+        columns = {"encoder_text": source_texts, "decoder_text": target_texts}
+        for name, lang in (("source_lang", source_lang), ("target_lang", target_lang)):
+            columns[name] = list(lang) if is_column(lang) else [lang] * len(source_texts)  # type: ignore[arg-type]
         self.backbone.eval()
         rows: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(source_texts)
         for batch in self._score_batches(source_texts):
-            x, y, weight = self.preprocessor(
-                {"encoder_text": [source_texts[i] for i in batch], "decoder_text": [target_texts[i] for i in batch]}
-            )
+            x, y, weight = self.preprocessor({name: [column[i] for i in batch] for name, column in columns.items()})
             logits = self(x).float()
             labels = torch.as_tensor(y, device=logits.device).long()
             gained = (logits.gather(2, labels[..., None]).squeeze(2) - logits.logsumexp(dim=2)).cpu().numpy()

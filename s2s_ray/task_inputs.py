@@ -3,8 +3,8 @@ again.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, repeat
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from s2s_ray.errors import InputError, SettingsError
 from s2s_ray.generation.requests import Finished, Generated, Request
 from s2s_ray.generation.settings import FIELD_NAMES, GenerationSettings
+from s2s_ray.text.inputs import Lang, is_column
 from s2s_ray.text.preprocessor import Seq2SeqLMPreprocessor
 
 
@@ -32,6 +33,7 @@ class _Row:
     prompt_ids: Sequence[int] = ()
     start: int | None = None  # the first decoder token, where ids were given
     width: int | None = None  # the padded decoder length, where ids were given
+    changes: Mapping[str, int] = field(default_factory=dict)  # settings that the row's languages decide
 
 
 class Calls:
@@ -68,7 +70,7 @@ class Calls:
                 raise SettingsError(f"{name} must have one value per row. Received: {len(value)} for {count} rows")
 
     def _for_row(self, index: int, row: _Row) -> GenerationSettings:
-        changes: dict[str, Any] = {}
+        changes: dict[str, Any] = dict(row.changes)
         for name, value in self._settings.items():
             changes[name] = _pick(name, value, index) if _is_per_row(name, value) else value
         stops = self._stop_ids(index)
@@ -185,22 +187,34 @@ class IdInputs:
         return (outputs, [[s.score for s in a.sequences] for a in answers]) if scores else outputs
 
 
-def read_inputs(inputs: Any, preprocessor: Seq2SeqLMPreprocessor | None) -> TextInputs | IdInputs:
+def read_inputs(
+    inputs: Any, preprocessor: Seq2SeqLMPreprocessor | None, source_lang: Lang = None, target_lang: Lang = None
+) -> TextInputs | IdInputs:
     """The rows of any form of input. Raises InputError for a form that is not known."""
     if isinstance(inputs, Mapping) and "encoder_token_ids" in inputs:
+        if source_lang is not None or target_lang is not None:
+            raise InputError("source_lang and target_lang go with text: ids are written for their languages already")
         return IdInputs(_id_rows(inputs))
     if preprocessor is None:
         raise InputError("a task without preprocessor takes a dictionary of encoder_token_ids (and masks), not text")
     batches, single = _text_batches(inputs)
-    return TextInputs(_text_rows(batches, preprocessor), single, preprocessor.decode)
+    rows = _text_rows(batches, preprocessor, {"source_lang": source_lang, "target_lang": target_lang})
+    return TextInputs(rows, single, preprocessor.decode)
 
 
-def _text_rows(batches: Iterable[tuple[list[Any], list[Any]]], preprocessor: Seq2SeqLMPreprocessor) -> Iterator[_Row]:
+def _text_rows(
+    batches: Iterable[tuple[list[Any], list[Any]]], preprocessor: Seq2SeqLMPreprocessor, languages: Mapping[str, Lang]
+) -> Iterator[_Row]:
+    done = 0
     for sources, prompts in batches:
-        encoded, _ = preprocessor.encode_sources(sources)
-        starts = preprocessor.encode_prompts(prompts) if any(prompts) else repeat(())
-        for token_ids, prompt in zip(encoded, starts, strict=False):
-            yield _Row(token_ids, prompt)
+        end = done + len(sources)
+        own = {name: list(lang or ())[done:end] if is_column(lang) else lang for name, lang in languages.items()}
+        routes = preprocessor.routes(len(sources), **own)
+        encoded, _ = preprocessor.encode_sources(sources, routes=routes)
+        starts = preprocessor.encode_prompts(prompts, routes=routes) if any(prompts) else [[]] * len(sources)
+        for token_ids, prompt, route in zip(encoded, starts, routes, strict=True):
+            yield _Row(token_ids, prompt, changes=route.generation_changes())
+        done = end
 
 
 def _text_batches(inputs: Any) -> tuple[Iterable[tuple[list[Any], list[Any]]], bool]:

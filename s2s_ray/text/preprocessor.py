@@ -9,8 +9,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from s2s_ray.errors import InputError, PresetError, RowErrorReason, SettingsError
+from s2s_ray.errors import InputError, LanguageError, PresetError, RowErrorReason, SettingsError
 from s2s_ray.storage import canonical_json
+from s2s_ray.text.inputs import Lang, is_column, language_pairs, languages, read_texts, to_array
+from s2s_ray.text.languages import NO_ROUTE, Languages, Route
 from s2s_ray.text.tokenizer import TokenizationError, Tokenizer, read_json_object
 
 PREPROCESSOR_FILE = "preprocessor.json"
@@ -35,6 +37,10 @@ class Seq2SeqLMPreprocessor:
     Ids are int32 and masks bool, both [B, S]. Rows are padded to the longest row of the batch; `padding="max_length"`
     pads to the sequence length as KerasHub does. `source_prefix` is put before every source text (T5's "summarize: ").
     A text of more than `max_text_bytes` UTF-8 bytes is refused before it is tokenised.
+
+    `source_lang` and `target_lang` name languages as `s2s_ray.text.languages` says: here as defaults, in every method
+    for all its texts or, as a list, one per text (None: the default). A language's own text prefix takes the place of
+    `source_prefix`. A code that the preset does not know raises LanguageError.
     """
 
     def __init__(
@@ -47,6 +53,9 @@ class Seq2SeqLMPreprocessor:
         source_prefix: str = "",
         max_text_bytes: int = DEFAULT_MAX_TEXT_BYTES,
         padding: Literal["longest", "max_length"] = "longest",
+        languages: Languages | None = None,
+        source_lang: str | None = None,
+        target_lang: str | None = None,
     ) -> None:
         if padding not in ("longest", "max_length"):
             raise SettingsError(f'padding must be "longest" or "max_length". Received: {padding!r}')
@@ -59,6 +68,9 @@ class Seq2SeqLMPreprocessor:
         self.source_prefix = source_prefix
         self.max_text_bytes = _positive("max_text_bytes", max_text_bytes)
         self.padding = padding
+        self.languages = languages
+        self.source_lang, self.target_lang = source_lang, target_lang
+        self.route()  # refuses languages that the preset does not know
         self.encoder_sequence_length = self._length("encoder_sequence_length", encoder_sequence_length)
         self.decoder_sequence_length = self._length("decoder_sequence_length", decoder_sequence_length)
         self.truncated_sources = 0
@@ -86,6 +98,8 @@ class Seq2SeqLMPreprocessor:
         source_prefix: str | None = None,
         max_text_bytes: int | None = None,
         padding: Literal["longest", "max_length"] | None = None,
+        source_lang: str | None = None,
+        target_lang: str | None = None,
     ) -> "Seq2SeqLMPreprocessor":
         """Arguments win over `preprocessor.json`, that wins over the number of positions in `config.json`, else 1024.
 
@@ -105,16 +119,58 @@ class Seq2SeqLMPreprocessor:
             "source_prefix": source_prefix,
             "max_text_bytes": max_text_bytes,
             "padding": padding,
+            "source_lang": source_lang,
+            "target_lang": target_lang,
         }
         settings.update({name: value for name, value in given.items() if value is not None})
         if settings.get("decoder_start_token_id") is None:
             settings["decoder_start_token_id"] = _decoder_start(path, config)
-        return cls(Tokenizer.from_directory(path), **settings)
+        tokenizer = Tokenizer.from_directory(path)
+        languages = Languages.of_preset(tokenizer, config, tokenizer.config, saved.get("languages"))
+        return cls(tokenizer, languages=languages, **settings)
 
     def save(self, directory: Path) -> None:
         """Write `preprocessor.json` and the tokenizer's files."""
         self.tokenizer.save(directory)
-        (directory / PREPROCESSOR_FILE).write_bytes(canonical_json({name: getattr(self, name) for name in _SAVED}))
+        saved = {name: getattr(self, name) for name in _SAVED}
+        if self.languages is not None:
+            saved["languages"] = self.languages.to_config()
+        (directory / PREPROCESSOR_FILE).write_bytes(canonical_json(saved))
+
+    def route(self, source_lang: str | None = None, target_lang: str | None = None) -> Route:
+        """How texts of these languages are written; its `generation_changes()` belong into the rows' settings.
+
+        None takes the preprocessor's default. Raises LanguageError for a language that the preset does not know.
+        """
+        source, target = source_lang or self.source_lang, target_lang or self.target_lang
+        if source is None and target is None:
+            return NO_ROUTE
+        if self.languages is None:
+            raise LanguageError(
+                f"source_lang and target_lang must be left out: this preset has no languages. Received: {source!r} and "
+                f"{target!r}. One that has them declares them in {PREPROCESSOR_FILE} (docs/tokenizers.md)"
+            )
+        return self.languages.route(source, target)
+
+    def routes(self, rows: int, source_lang: Lang = None, target_lang: Lang = None) -> list[Route]:
+        """One route per row. Raises LanguageError as `route`, and SettingsError for lists of another length."""
+        routes = self.try_routes(rows, source_lang, target_lang)
+        for row, route in enumerate(routes):
+            if route.error:
+                raise LanguageError(f"row {row}: {route.error}")
+        return routes
+
+    def try_routes(self, rows: int, source_lang: Lang = None, target_lang: Lang = None) -> list[Route]:
+        """As `routes`, but where languages come as a list, a row with an unknown one has a route with an `error`."""
+        if not is_column(source_lang) and not is_column(target_lang):
+            return [self.route(source_lang, target_lang)] * rows  # type: ignore[arg-type]
+        routes = []
+        for source, target in language_pairs(rows, source_lang, target_lang):
+            try:
+                routes.append(self.route(source, target))
+            except LanguageError as error:
+                routes.append(Route(error=str(error)))
+        return routes
 
     def __call__(
         self,
@@ -130,17 +186,19 @@ class Seq2SeqLMPreprocessor:
 
         y [B, T] is the target with its special tokens (BART: <s> text </s>); the decoder's input is y shifted right
         behind the start token; sample_weight [B, T] is True at real targets. A single string gives unbatched arrays.
-        Raises TokenizationError for a text that cannot be used, InputError for missing keys.
+        x may hold `source_lang` and `target_lang` too. Raises TokenizationError for a text that cannot be used,
+        InputError for missing keys, LanguageError for an unknown language.
         """
         if y is not None or sample_weight is not None:
             raise InputError("y and sample_weight must be None: both are made from decoder_text")
-        sources, targets, batched = _texts(x, need_decoder=True)
+        sources, targets, batched = read_texts(x, need_decoder=True)
+        routes = self.routes(len(sources), **languages(x))
         encoder_length = encoder_sequence_length or self.encoder_sequence_length
         decoder_length = decoder_sequence_length or sequence_length or self.decoder_sequence_length
-        labels = self.encode_targets(targets, decoder_length)
-        decoder = [[self.decoder_start_token_id, *row] for row in labels]
+        labels = self.encode_targets(targets, decoder_length, routes)
+        decoder = [[start, *row] for start, row in zip(self.decoder_starts(routes), labels, strict=True)]
         decoder_ids, decoder_mask = self._pad(decoder, decoder_length + 1, minimum=2)
-        inputs = self._encoder_inputs(sources, encoder_length)
+        inputs = self._encoder_inputs(sources, encoder_length, routes)
         inputs |= {"decoder_token_ids": decoder_ids[:, :-1], "decoder_padding_mask": decoder_mask[:, :-1]}
         result = inputs, decoder_ids[:, 1:], decoder_mask[:, 1:]
         if batched:
@@ -155,65 +213,95 @@ class Seq2SeqLMPreprocessor:
         decoder_sequence_length: int | None = None,
         sequence_length: int | None = None,
     ) -> dict[str, NDArray[Any]]:
-        """Ids and masks for generation from a string, strings, or a dictionary of `encoder_text` [and `decoder_text`].
+        """Ids and masks for generation from a string, strings, or a dictionary of `encoder_text` [and `decoder_text`,
+        `source_lang`, `target_lang`].
 
         The decoder's ids are the start token and the prompt, without an end token; an empty prompt is the start token
-        alone, so that a model's forced first token applies.
+        alone, so that a model's forced first token applies, or with it the target language's token where it is forced.
         """
-        sources, prompts, batched = _texts(x if isinstance(x, Mapping) else {"encoder_text": x})
+        x = x if isinstance(x, Mapping) else {"encoder_text": x}
+        sources, prompts, batched = read_texts(x)
+        routes = self.routes(len(sources), **languages(x))
         decoder_length = decoder_sequence_length or sequence_length or self.decoder_sequence_length
-        decoder = [[self.decoder_start_token_id, *row] for row in self.encode_prompts(prompts, decoder_length - 1)]
+        prompt_ids = self.encode_prompts(prompts, decoder_length - 1, routes)
+        decoder = []
+        for start, prompt, route in zip(self.decoder_starts(routes), prompt_ids, routes, strict=True):
+            forced = [] if prompt or route.forced_bos_token_id is None else [route.forced_bos_token_id]
+            decoder.append([start, *forced, *prompt])
         decoder_ids, decoder_mask = self._pad(decoder, decoder_length)
-        inputs = self._encoder_inputs(sources, encoder_sequence_length or self.encoder_sequence_length)
+        inputs = self._encoder_inputs(sources, encoder_sequence_length or self.encoder_sequence_length, routes)
         inputs |= {"decoder_token_ids": decoder_ids, "decoder_padding_mask": decoder_mask}
         return inputs if batched else {name: array[0] for name, array in inputs.items()}
 
     def generate_postprocess(self, x: Mapping[str, Any]) -> str | list[str]:
         """Text from `decoder_token_ids` and `decoder_padding_mask`; special tokens and padding are left out."""
-        ids, mask = _array(x["decoder_token_ids"]), _array(x["decoder_padding_mask"]).astype(bool)
+        ids, mask = to_array(x["decoder_token_ids"]), to_array(x["decoder_padding_mask"]).astype(bool)
         if ids.shape != mask.shape or ids.ndim not in (1, 2):
             raise InputError(f"ids and mask must be [T] or [B, T] and alike. Received: {ids.shape} and {mask.shape}")
         if ids.ndim == 1:
             return self.tokenizer.decode_batch([ids[mask].tolist()])[0]
         return self.tokenizer.decode_batch([row[keep].tolist() for row, keep in zip(ids, mask, strict=True)])
 
-    def encode_sources(self, texts: Sequence[str], max_length: int | None = None) -> tuple[list[list[int]], list[bool]]:
+    def encode_sources(
+        self, texts: Sequence[str], max_length: int | None = None, routes: Sequence[Route] | None = None
+    ) -> tuple[list[list[int]], list[bool]]:
         """(ragged ids with special tokens, which rows were cut to `max_length` tokens).
 
         Raises TokenizationError for the first text that cannot be encoded.
         """
-        encoded = self.try_encode_sources(texts, max_length)
+        encoded = self.try_encode_sources(texts, max_length, routes)
         for row, source in enumerate(encoded):
             if source.error is not None:
                 raise TokenizationError(row, source.error, source.message)
         return [source.token_ids for source in encoded], [source.truncated for source in encoded]
 
-    def try_encode_sources(self, texts: Sequence[Any], max_length: int | None = None) -> list[EncodedSource]:
-        """As `encode_sources`, but a row that cannot be encoded carries its reason and disturbs no other row."""
+    def try_encode_sources(
+        self, texts: Sequence[Any], max_length: int | None = None, routes: Sequence[Route] | None = None
+    ) -> list[EncodedSource]:
+        """As `encode_sources`, but a row that cannot be encoded carries its reason and disturbs no other row.
+
+        routes: of each text's languages, from `routes` or `try_routes`; without, of the preprocessor's own.
+        """
         limit = self._length("max_length", max_length) if max_length is not None else self.encoder_sequence_length
-        encoded = [EncodedSource() for _ in texts]
-        rows = self._try_encode(texts, encoded, self.source_prefix)
-        for source, ids in zip(encoded, rows, strict=True):
+        routes = self.routes(len(texts)) if routes is None else routes
+        encoded = [_unencoded(route) for route in routes]
+        prefixes = [self.source_prefix if route.text_prefix is None else route.text_prefix for route in routes]
+        rows = self._try_encode(texts, encoded, prefixes)
+        for source, ids, route in zip(encoded, rows, routes, strict=True):
             if ids is not None:
-                source.token_ids, source.num_tokens_full = self._wrapped(ids, limit)
+                source.token_ids, source.num_tokens_full = self._wrapped(ids, limit, route.source_wrap)
                 source.truncated = source.num_tokens_full > limit
         self.truncated_sources += sum(source.truncated for source in encoded)
         return encoded
 
-    def encode_targets(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+    def encode_targets(
+        self, texts: Sequence[str], max_length: int | None = None, routes: Sequence[Route] | None = None
+    ) -> list[list[int]]:
         """Labels: ragged ids with special tokens, cut to `max_length` tokens with the end token kept."""
         limit = self._length("max_length", max_length) if max_length is not None else self.decoder_sequence_length
-        wrapped = [self._wrapped(ids, limit) for ids in self._encode(texts)]
+        routes = self.routes(len(texts)) if routes is None else routes
+        rows = self._encode(texts)
+        wrapped = [self._wrapped(ids, limit, route.target_wrap) for ids, route in zip(rows, routes, strict=True)]
         self.truncated_targets += sum(full > limit for _, full in wrapped)
         return [ids for ids, _ in wrapped]
 
-    def encode_prompts(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+    def encode_prompts(
+        self, texts: Sequence[str], max_length: int | None = None, routes: Sequence[Route] | None = None
+    ) -> list[list[int]]:
         """Decoder text after the start token, without an end token (BART: <s> text), cut to `max_length`; [] for ""."""
         limit = self.decoder_sequence_length - 1 if max_length is None else max_length
-        prefix = self.tokenizer.prefix_ids
-        rows = [[*prefix, *ids] if ids else [] for ids in self._encode(texts)]
+        routes = self.routes(len(texts)) if routes is None else routes
+        rows = []
+        for ids, route in zip(self._encode(texts), routes, strict=True):
+            prefix = self.tokenizer.prefix_ids if route.target_wrap is None else route.target_wrap[0]
+            rows.append([*prefix, *ids] if ids else [])
         self.truncated_targets += sum(len(row) > limit for row in rows)
         return [row[:limit] for row in rows]
+
+    def decoder_starts(self, routes: Sequence[Route]) -> list[int]:
+        """The token that the decoder of each row starts from."""
+        own = (route.decoder_start_token_id for route in routes)
+        return [self.decoder_start_token_id if start is None else start for start in own]
 
     def decode(self, ids: Iterable[Sequence[int]]) -> list[str]:
         """One text per sequence of ids, special tokens left out."""
@@ -221,17 +309,21 @@ class Seq2SeqLMPreprocessor:
 
     def _encode(self, texts: Sequence[Any]) -> list[list[int]]:
         outcomes = [EncodedSource() for _ in texts]
-        rows = self._try_encode(texts, outcomes, "")
+        rows = self._try_encode(texts, outcomes, [""] * len(outcomes))
         for row, outcome in enumerate(outcomes):
             if outcome.error is not None:
                 raise TokenizationError(row, outcome.error, outcome.message)
         return [ids if ids is not None else [] for ids in rows]
 
-    def _try_encode(self, texts: Sequence[Any], outcomes: list[EncodedSource], prefix: str) -> list[list[int] | None]:
-        """Plain ids per text; None where `outcomes` was given an error."""
+    def _try_encode(
+        self, texts: Sequence[Any], outcomes: list[EncodedSource], prefixes: Sequence[str]
+    ) -> list[list[int] | None]:
+        """Plain ids per text; None where `outcomes` has or was given an error."""
         good: list[int] = []
         strings: list[str] = []
-        for row, text in enumerate(texts):
+        for row, (text, prefix) in enumerate(zip(texts, prefixes, strict=True)):
+            if outcomes[row].error is not None:
+                continue
             problem = self._problem(text)
             if problem is None:
                 good.append(row)
@@ -274,14 +366,18 @@ class Seq2SeqLMPreprocessor:
             )
         return None
 
-    def _wrapped(self, ids: list[int], limit: int) -> tuple[list[int], int]:
+    def _wrapped(
+        self, ids: list[int], limit: int, wrap: tuple[Sequence[int], Sequence[int]] | None
+    ) -> tuple[list[int], int]:
         """(ids with special tokens within `limit`, their number without a limit)."""
-        prefix, suffix = self.tokenizer.prefix_ids, self.tokenizer.suffix_ids
+        prefix, suffix = wrap or (self.tokenizer.prefix_ids, self.tokenizer.suffix_ids)
         overhead = len(prefix) + len(suffix)
+        if limit <= overhead:
+            raise SettingsError(f"lengths must be more than the {overhead} special tokens of a text. Received: {limit}")
         return [*prefix, *ids[: limit - overhead], *suffix], len(ids) + overhead
 
-    def _encoder_inputs(self, texts: Sequence[str], length: int) -> dict[str, NDArray[Any]]:
-        ids, mask = self._pad(self.encode_sources(texts, length)[0], length)
+    def _encoder_inputs(self, texts: Sequence[str], length: int, routes: Sequence[Route]) -> dict[str, NDArray[Any]]:
+        ids, mask = self._pad(self.encode_sources(texts, length, routes)[0], length)
         return {"encoder_token_ids": ids, "encoder_padding_mask": mask}
 
     def _pad(
@@ -308,34 +404,13 @@ _SAVED = (
     "source_prefix",
     "max_text_bytes",
     "padding",
+    "source_lang",
+    "target_lang",
 )
 
 
-def _texts(x: Mapping[str, Any], need_decoder: bool = False) -> tuple[list[Any], list[Any], bool]:
-    """(encoder texts, decoder texts, whether they came as a batch)."""
-    needed = {"encoder_text", "decoder_text"} if need_decoder else {"encoder_text"}
-    if not needed <= set(x) <= {"encoder_text", "decoder_text"}:
-        raise InputError(f"x must have the keys {', '.join(sorted(needed))}. Received: {', '.join(map(str, x))}")
-    sources, batched = _as_list(x["encoder_text"])
-    targets, _ = _as_list(x["decoder_text"]) if x.get("decoder_text") is not None else ([""] * len(sources), batched)
-    if len(sources) != len(targets):
-        raise InputError(f"encoder_text and decoder_text must pair up. Received: {len(sources)} and {len(targets)}")
-    return sources, targets, batched
-
-
-def _as_list(texts: Any) -> tuple[list[Any], bool]:
-    """Lists, tuples, iterators, numpy and pandas (tolist) and Arrow (to_pylist) columns; a lone string is no batch."""
-    if texts is None or isinstance(texts, (str, bytes)):
-        return [texts], False
-    for method in ("to_pylist", "tolist"):
-        if hasattr(texts, method):
-            values = getattr(texts, method)()
-            return (values, True) if isinstance(values, list) else ([values], False)
-    return list(texts), True
-
-
-def _array(value: Any) -> NDArray[Any]:
-    return np.asarray(value.cpu() if hasattr(value, "cpu") else value)
+def _unencoded(route: Route) -> EncodedSource:
+    return EncodedSource(error=RowErrorReason.UNKNOWN_LANGUAGE if route.error else None, message=route.error)
 
 
 def _positions(config: Mapping[str, Any], side: str) -> int:

@@ -135,6 +135,15 @@ class Tokenizer:
         """The number of tokens, added ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token, added ones included, with its id."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What `tokenizer_config.json` and `special_tokens_map.json` held."""
+        return dict(self._config)
+
     def token_to_id(self, token: str) -> int:
         """Raises InputError for a token that is not in the vocabulary."""
         token_id = self._backend.token_to_id(token)
