@@ -6,9 +6,11 @@ Two of them are atomic and durable: `write_atomic` (a reader sees the old bytes 
 
 import contextlib
 import errno
+import fnmatch
 import hashlib
 import os
 import shutil
+import signal
 import time
 import uuid
 from collections.abc import Iterator
@@ -91,20 +93,24 @@ class Location:
         return self._at(self.path.rstrip("/").rsplit("/", 1)[0] or "/")
 
     def exists(self) -> bool:
+        failpoint("stat.before")
         with _as_oserror():
             return bool(self.fs.exists(self.path))
 
     def is_dir(self) -> bool:
+        failpoint("stat.before")
         with _as_oserror():
             return bool(self.fs.isdir(self.path))
 
     def size(self) -> int:
         """Bytes. Raises FileNotFoundError."""
+        failpoint("stat.before")
         with _as_oserror():
             return int(self.fs.info(self.path)["size"])
 
     def identity(self) -> str:
         """Size with etag or modification time: changes whenever the content does, without reading it."""
+        failpoint("stat.before")
         if self.is_local:
             stat = Path(self.path).stat()
             return f"{stat.st_size}-{stat.st_mtime_ns}"
@@ -126,6 +132,7 @@ class Location:
 
     def open(self, mode: str = "rb") -> IO[bytes]:
         """A file object, seekable for "rb". For writing prefer `write_atomic`."""
+        failpoint("open.before")
         with _as_oserror():
             stream: IO[bytes] = self.fs.open(self.path, mode)
             return stream
@@ -223,6 +230,7 @@ class Location:
         failpoint("delete.before")
         with contextlib.suppress(FileNotFoundError), _as_oserror():
             self.fs.rm(self.path, recursive=recursive)
+        failpoint("delete.after")
 
     def make_directory(self) -> None:
         """Create the directory and its parents where the filesystem has directories."""
@@ -244,10 +252,13 @@ class Location:
 
     def _temporary(self, data: bytes) -> Path:
         temporary = self._temporary_path()
-        with temporary.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        try:
+            with temporary.open("xb") as stream:
+                stream.write(data)
+            fsync(temporary)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # on a full disk half a file would keep it full
+            raise
         return temporary
 
     def _link_exclusive(self, data: bytes) -> bool:
@@ -292,21 +303,27 @@ _failpoint_calls: dict[str, int] = {}
 
 
 def failpoint(name: str) -> None:
-    """Test hook: S2S_RAY_FAILPOINT="name:nth:action" acts at the nth call of `name` in this process ("*": of any name).
+    """Test hook: S2S_RAY_FAILPOINT="name:nth:action[,...]" acts at the nth call of `name` in this process.
 
-    Actions: exit (the process ends at once), eio, enospc (OSError), sleep=SECONDS. nth 0 acts at every call.
+    A name may be a pattern ("*": any). nth 0 acts at every call. Actions: exit and kill (the process ends at once, by
+    itself or by SIGKILL), eio and enospc (OSError), sleep=SECONDS.
     """
     setting = os.environ.get(FAILPOINT_VARIABLE)
     if not setting:
         return
-    wanted, nth, action = setting.split(":", 2)
-    if wanted not in (name, "*"):
-        return
-    _failpoint_calls[wanted] = _failpoint_calls.get(wanted, 0) + 1
-    if int(nth) not in (0, _failpoint_calls[wanted]):
-        return
+    for entry in setting.split(","):
+        wanted, nth, action = entry.split(":", 2)
+        if fnmatch.fnmatchcase(name, wanted):
+            _failpoint_calls[entry] = _failpoint_calls.get(entry, 0) + 1
+            if int(nth) in (0, _failpoint_calls[entry]):
+                _fail(name, action)
+
+
+def _fail(name: str, action: str) -> None:
     if action == "exit":
         os._exit(FAILPOINT_EXIT_CODE)
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
     if action.startswith("sleep="):
         time.sleep(float(action.removeprefix("sleep=")))
         return
@@ -385,6 +402,7 @@ def _replace_durably(temporary: Path, target: Path) -> None:
 
 def fsync(path: Path) -> None:
     """Make a local file's content, or a directory's entries, survive a crash."""
+    failpoint("fsync.before")
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

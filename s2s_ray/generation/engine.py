@@ -85,6 +85,11 @@ class Engine:
         """Whether `step` has anything left to do."""
         return bool(self._lanes or self._answers or len(self._scheduler))
 
+    @property
+    def max_slots(self) -> int:
+        """Sequences that may be decoded at one time."""
+        return self._budget.slots
+
     def generate(self, requests: Iterable[Request]) -> Iterator[Finished]:
         """Answer every request, in any order. Reads ahead by a window, so the input may be endless."""
         source = iter(requests)

@@ -1,13 +1,16 @@
 """Finding the input files and judging them by their footers, before any model loads."""
 
+import io
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from s2s_ray.errors import InputError
+from s2s_ray.errors import InfrastructureError, InputError
+from s2s_ray.pipelines.retries import retrying
 from s2s_ray.pipelines.settings import GenerateSettings
 from s2s_ray.storage import Location
 
@@ -35,6 +38,33 @@ class Footer:
     file: InputFile
     row_groups: tuple[int, ...]
     schema: pa.Schema
+
+
+class Watched(io.RawIOBase):
+    """A stream that remembers a failed read, which tells failing storage apart from corrupt content."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.error: Exception | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._stream.read(size)
+        except Exception as error:
+            self.error = error
+            raise
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
 
 
 def find_files(inputs: Sequence[str], output: Location) -> list[InputFile]:
@@ -107,30 +137,39 @@ def new_columns(settings: GenerateSettings) -> list[pa.Field]:
 
 
 def _expand(location: Location) -> list[Location]:
-    if location.is_dir():
-        return location.list_files(".parquet")
-    if location.exists():
+    if retrying(location.is_dir):
+        return retrying(lambda: location.list_files(".parquet"))
+    if retrying(location.exists):
         return [location]
     if not any(char in location.path for char in "*?["):
         return []
-    matches = location.glob()
+    matches = retrying(location.glob)
     return [f for m in matches for f in (m.list_files(".parquet") if m.is_dir() else [m])]
 
 
 def _stat(location: Location) -> InputFile:
-    return InputFile(location.url, location.identity())
+    return InputFile(location.url, retrying(location.identity))
 
 
 def _read_footer(file: InputFile) -> Footer | str:
+    """The footer, or why there is none. Raises InfrastructureError if storage fails, which says nothing of the file."""
     try:
-        with Location.parse(file.url).open() as stream, pq.ParquetFile(stream) as parquet:
-            metadata = parquet.metadata
-            rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-            if any(n < 0 for n in rows) or sum(rows) != metadata.num_rows:
-                return f"row counts do not add up ({sum(rows)} in row groups, {metadata.num_rows} in the file)"
-            return Footer(file, rows, parquet.schema_arrow)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        return " ".join(str(error).split())[:200]
+        stream = retrying(Location.parse(file.url).open)
+    except OSError as error:
+        raise InfrastructureError(f"{file.url} cannot be opened: {error}") from error
+    with stream:
+        watched = Watched(stream)
+        try:
+            with pq.ParquetFile(watched) as parquet:
+                metadata = parquet.metadata
+                rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+                if any(n < 0 for n in rows) or sum(rows) != metadata.num_rows:
+                    return f"row counts do not add up ({sum(rows)} in row groups, {metadata.num_rows} in the file)"
+                return Footer(file, rows, parquet.schema_arrow)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if watched.error is not None:
+                raise InfrastructureError(f"reading {file.url} failed: {watched.error}") from watched.error
+            return " ".join(str(error).split())[:200]
 
 
 def _check_columns(footer: Footer, kept: Iterable[str], settings: GenerateSettings) -> None:

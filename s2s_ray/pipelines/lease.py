@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from s2s_ray.errors import InfrastructureError, OwnedElsewhereError
+from s2s_ray.pipelines.retries import create, retrying
 from s2s_ray.storage import Location, canonical_json, strict_json
 
 HEARTBEAT_SECONDS = 10.0
@@ -32,7 +33,7 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, name="s2s_ray lease", daemon=True)
 
     def __enter__(self) -> "Lease":
-        if not self.path.create_exclusive(self._content()):
+        if not self._take():
             owner = self._read()
             if owner is not None and not _is_stale(owner):
                 age = max(0.0, time.time() - owner["heartbeat"])
@@ -40,7 +41,7 @@ class Lease:
                     f"{self.path.parent.parent.url} is being written by process {owner['pid']} on {owner['host']}, "
                     f"heard of {age:.0f} s ago. Wait for it, or stop it and retry after {STALE_SECONDS:.0f} s"
                 )
-            self.path.write_atomic(self._content())
+            retrying(lambda: self.path.write_atomic(self._content()))
             self.check()
         self._thread.start()
         return self
@@ -64,6 +65,13 @@ class Lease:
                 f"another job took over {self.path.parent.parent.url}; what was committed is kept"
             )
 
+    def _take(self) -> bool:
+        content = self._content()
+        try:
+            return create(self.path, content, content.__eq__)
+        except FileNotFoundError:
+            return False  # it was there, and was released before it could be read
+
     def _renew(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             try:
@@ -80,7 +88,7 @@ class Lease:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            owner: dict[str, Any] = strict_json(self.path.read_bytes(), self.path.url, InfrastructureError)
+            owner: dict[str, Any] = strict_json(retrying(self.path.read_bytes), self.path.url, InfrastructureError)
         except FileNotFoundError:
             return None
         return owner

@@ -1,30 +1,26 @@
 """The unit ledger: which unit's output counts. No torch, no Ray.
 
 Under OUT/_s2s: `claim.json` (whose output this is), and per fingerprint `plan.parquet`, `data/` and `errors/` (shards
-under names no other attempt uses) and `commit/` (one record per unit). A shard counts if and only if its unit's commit
-record names it. Records are created exclusively, so retries, zombies and a second driver are all safe: one of them wins
-and the others' shards are never referenced.
+under names no other attempt uses), `commit/` (one record per unit) and `attempts/` (attempts.py). A shard counts if and
+only if its unit's commit record names it. Records are created exclusively, so retries, zombies and a second driver are
+all safe: one of them wins and the others' shards are never referenced.
 """
 
-import errno
-import time
+import contextlib
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from s2s_ray.errors import FingerprintError, InfrastructureError, InputError
 from s2s_ray.pipelines import plan as planning
 from s2s_ray.pipelines.plan import Plan
+from s2s_ray.pipelines.retries import create, retrying
 from s2s_ray.storage import Location, canonical_json, failpoint, sha256_bytes, strict_json
 
 WORK, MANIFEST = "_s2s", "_manifest.json"
 THREADS = 32
-ATTEMPTS = 5
-# Trying again cannot cure these.
-_HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +78,20 @@ class Ledger:
         self.data = self.root / "data"
         self.errors = self.root / "errors"
         self.records = self.root / "commit"
+        self.attempts = self.root / "attempts"
         self.plan_file = self.root / "plan.parquet"
 
     def claim(self, document: Mapping[str, Any]) -> None:
         """Make the output this run's, or see that it is. Raises FingerprintError naming the fields that differ."""
         content = canonical_json({"fingerprint": self.fingerprint, "document": document})
         path = self.work / "claim.json"
-        if not _create(path, content, lambda found: found == content):
+        if not create(path, content, content.__eq__):
             check_claim(self.output, document)
 
     def store_plan(self, plan: Plan) -> Plan:
         """Store the plan unless one is stored; returns the stored one, from which all unit ids come."""
         content = planning.encode(plan)
-        if _create(self.plan_file, content, lambda found: found == content):
+        if create(self.plan_file, content, content.__eq__):
             return plan
         return self.stored_plan() or plan
 
@@ -130,7 +127,7 @@ class Ledger:
             unit, attempt, shard.rows, shard.error_rows, shard.num_tokens, dict(shard.reasons), data, errors
         )
         path = self._record(unit)
-        if _create(path, record.encode(), lambda found: self._decode(found, path).attempt == attempt):
+        if create(path, record.encode(), lambda found: self._decode(found, path).attempt == attempt):
             failpoint("commit.after")
             return record
         winner = self.read(unit)
@@ -162,9 +159,10 @@ class Ledger:
         return StoredFile(name, len(content), sha256_bytes(content))
 
     def _discard(self, record: Commit) -> None:
-        (self.data / record.data.name).delete()
-        if record.errors:
-            (self.errors / record.errors.name).delete()
+        with contextlib.suppress(OSError):  # what is left behind is referenced by nothing
+            (self.data / record.data.name).delete()
+            if record.errors:
+                (self.errors / record.errors.name).delete()
 
 
 def read_claim(output: Location) -> dict[str, Any] | None:
@@ -193,32 +191,3 @@ def check_claim(output: Location, document: Mapping[str, Any]) -> bool:
     if claim["fingerprint"] != planning.fingerprint(document):
         raise FingerprintError(f"{output.url}/{WORK}/claim.json must match its own fingerprint: it was altered")
     return True
-
-
-def retrying(operation: Callable[[], T]) -> T:
-    """The result of an idempotent storage operation, tried a few times on errors that may pass."""
-    for attempt in range(ATTEMPTS):
-        try:
-            return operation()
-        except (FileNotFoundError, NotADirectoryError):
-            raise
-        except OSError as error:
-            if error.errno in _HOPELESS or attempt == ATTEMPTS - 1:
-                raise
-            time.sleep(0.05 * 4**attempt)
-    raise AssertionError("unreachable")
-
-
-def _create(path: Location, content: bytes, is_ours: Callable[[bytes], bool]) -> bool:
-    """Create `path` exclusively. True if what is there is ours, also when the answer to our request was lost."""
-    for attempt in range(ATTEMPTS):
-        try:
-            if path.create_exclusive(content):
-                return True
-            break
-        except OSError as error:
-            # Unknown result: the request may have been carried out. Trying again is safe, reading back decides.
-            if error.errno in _HOPELESS or attempt == ATTEMPTS - 1:
-                raise
-            time.sleep(0.05 * 4**attempt)
-    return is_ours(retrying(path.read_bytes))

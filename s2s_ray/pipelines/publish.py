@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 
 from s2s_ray.errors import InfrastructureError, S2SRayError, VerificationError
 from s2s_ray.pipelines import plan as planning
-from s2s_ray.pipelines.ledger import MANIFEST, THREADS, WORK, Commit, Ledger, StoredFile, retrying
+from s2s_ray.pipelines.ledger import MANIFEST, THREADS, WORK, Commit, Ledger, StoredFile
 from s2s_ray.pipelines.plan import Plan
+from s2s_ray.pipelines.retries import retrying
 from s2s_ray.storage import Location, canonical_json, sha256_bytes, sha256_file, strict_json
 
 SUCCESS, ERRORS = "_SUCCESS", "_errors"
@@ -26,7 +27,7 @@ SHOWN_PROBLEMS = 20
 
 def finished(ledger: Ledger) -> dict[str, Any] | None:
     """The manifest of an output that is complete and this run's, else None."""
-    if not (ledger.output / SUCCESS).exists():
+    if not retrying((ledger.output / SUCCESS).exists):
         return None
     manifest = read_manifest(ledger.output)
     return manifest if manifest["fingerprint"] == ledger.fingerprint else None
@@ -45,14 +46,8 @@ def read_manifest(output: Location) -> dict[str, Any]:
 def publish(ledger: Ledger, manifest: Mapping[str, Any]) -> None:
     """Publish what the manifest lists: shards to their final names, then the manifest, then `_SUCCESS`."""
     mode = manifest["publish"]
-    try:
-        if mode != "none":
-            _copy_all(ledger, manifest, link=mode == "rename")
-    except FileNotFoundError:
-        # Another driver of this same run published first and removed the shards.
-        if finished(ledger) is None:
-            raise
-        return
+    if mode != "none":
+        _copy_all(ledger, manifest, link=mode == "rename")
     retrying(lambda: (ledger.output / MANIFEST).write_atomic(canonical_json(manifest)))
     success = {"fingerprint": ledger.fingerprint, "rows": manifest["rows"], "finished_at": int(time.time())}
     retrying(lambda: (ledger.output / SUCCESS).write_atomic(canonical_json(success)))
@@ -153,7 +148,12 @@ def _part(first_row: int, commit: Commit, ledger: Ledger, in_place: bool) -> dic
 def _copy_all(ledger: Ledger, manifest: Mapping[str, Any], link: bool) -> None:
     def one(entry: Mapping[str, str]) -> None:
         shard, target = ledger.output / entry["shard"], ledger.output / entry["path"]
-        retrying(lambda: shard.link_to(target) if link else shard.copy_to(target))
+        try:
+            retrying(lambda: shard.link_to(target) if link else shard.copy_to(target))
+        except FileNotFoundError:
+            # Another driver of this same run may have published it, and removed the shards since.
+            if not retrying(target.exists) or retrying(lambda: sha256_file(target)) != entry["sha256"]:
+                raise
 
     entries = [part[kind] for part in manifest["parts"] for kind in ("data", "errors") if part[kind]]
     with ThreadPoolExecutor(THREADS) as pool:

@@ -1,102 +1,25 @@
 """A replica: one actor with one model, whose async calls feed one engine.
 
 Units arrive as async calls, several at a time. Their rows go into the engine together, so the tail of one unit is
-filled with rows of the next. The engine has a thread of its own; a call waits for the answers to its rows.
+filled with rows of the next. A unit whose worker died again and again goes alone, and is halved until the row is found.
 """
 
 import asyncio
+import contextlib
 import os
-import queue
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from s2s_ray.errors import InfrastructureError, RowErrorReason
+from s2s_ray.errors import RowErrorReason
 from s2s_ray.generation.requests import Finished, Request
-from s2s_ray.generation.settings import GenerationSettings
+from s2s_ray.pipelines.attempts import STARTS, Attempts
+from s2s_ray.pipelines.engine_thread import EngineFailedError, EngineThread, is_out_of_memory
 from s2s_ray.pipelines.rows import ANSWER_SCHEMA, EMPTY, Job, brief, from_ipc, to_ipc
 from s2s_ray.storage import failpoint
 
-MAX_ATTEMPTS = 10  # at one unit in one run; then it is the unit that kills its workers
 HOPELESS_ROWS = 3  # if the first rows tried one by one all fail, it is not the rows
-CUDA_EXIT_CODE = 70
-
-
-class EngineFailedError(InfrastructureError):
-    """The engine raised while these rows were in it, among others."""
-
-
-class EngineThread:
-    """Runs an engine in a thread of its own; rows from any thread in, futures out."""
-
-    def __init__(self, make_engine: Callable[[], Any], num_threads: int | None) -> None:
-        self._make_engine = make_engine
-        self._num_threads = num_threads
-        self._inbox: queue.SimpleQueue[_Batch] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="s2s_ray engine", daemon=True).start()
-
-    def submit(self, requests: Sequence[tuple[int, Sequence[int], GenerationSettings]]) -> "Future[list[Finished]]":
-        """Generate for (row id, token ids, settings); the future's answers are in the same order."""
-        batch = _Batch(len(requests))
-        batch.requests = [Request(*request, key=(batch, index)) for index, request in enumerate(requests)]
-        if requests:
-            self._inbox.put(batch)
-        else:
-            batch.future.set_result([])
-        return batch.future
-
-    def _run(self) -> None:
-        if self._num_threads:
-            import torch
-
-            torch.set_num_threads(self._num_threads)  # OpenMP keeps the number per thread
-        open_batches: set[_Batch] = set()
-        engine = None
-        while True:
-            try:
-                engine = engine or self._make_engine()
-                self._take(engine, open_batches)
-                for answer in engine.step():
-                    batch, index = answer.request.key
-                    if batch.answer(index, answer):
-                        open_batches.discard(batch)
-            except Exception as error:
-                # Whose row it was is unknown here: the units in the engine find out by trying theirs one by one.
-                _exit_if_device_is_lost(error)
-                failed, engine = list(open_batches) or [self._inbox.get()], None
-                open_batches.clear()
-                for batch in failed:
-                    failure = EngineFailedError(f"{type(error).__name__}: {error}")
-                    failure.__cause__ = error
-                    batch.future.set_exception(failure)
-
-    def _take(self, engine: Any, open_batches: "set[_Batch]") -> None:
-        while not self._inbox.empty() or not engine.has_work:
-            batch = self._inbox.get()
-            open_batches.add(batch)
-            engine.add(batch.requests)
-
-
-class _Batch:
-    """Rows submitted together, and the answers so far."""
-
-    def __init__(self, size: int) -> None:
-        self.requests: list[Request] = []
-        self.future: Future[list[Finished]] = Future()
-        self._answers: list[Finished | None] = [None] * size
-        self._missing = size
-
-    def answer(self, index: int, answer: Finished) -> bool:
-        """Note one answer; True if it was the last."""
-        self._missing -= self._answers[index] is None
-        self._answers[index] = answer
-        if self._missing:
-            return False
-        self.future.set_result([found for found in self._answers if found is not None])
-        return True
 
 
 class Replica:
@@ -119,17 +42,19 @@ class Replica:
         task = Seq2SeqLM.from_preset(directory, dtype=settings.dtype, device=device)
         self.settings = task.generation_settings.replace(**settings.generation_changes())
         self.engine = EngineThread(
-            lambda: Engine(task.backbone, max_batch_tokens=settings.max_batch_tokens), num_threads
+            lambda slots: Engine(task.backbone, max_batch_tokens=settings.max_batch_tokens, max_slots=slots),
+            num_threads,
         )
-        self._alone = asyncio.Lock()
+        self._room = _Room()
+        self._one_at_a_time = asyncio.Lock()
         self._suspects = 0
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
-        units = batch.column("unit").to_pylist()
-        attempts = [self._note_attempt(unit) for unit in units]
         works = [from_ipc(content.as_buffer()) for content in batch.column("work")]
-        answers = [to_ipc(await self.answer(work)) for work in works]
-        batch = batch.append_column("attempts", pa.array(attempts, pa.int32()))
+        units = batch.column("unit").to_pylist()
+        done = [await self._unit(unit, work) for unit, work in zip(units, works, strict=True)]
+        batch = batch.append_column("attempts", pa.array([attempts for _, attempts in done], pa.int32()))
+        answers = [to_ipc(answers) for answers, _ in done]
         return batch.append_column("answers", pa.array(answers, pa.large_binary()))
 
     async def answer(self, work: pa.Table) -> pa.Table:
@@ -144,7 +69,42 @@ class Replica:
             table[index] = _answer(answer)
         return pa.Table.from_pylist(table, schema=ANSWER_SCHEMA)
 
+    async def _unit(self, unit: int, work: pa.Table) -> tuple[pa.Table, int]:
+        """(answers, number of the start that gave them)"""
+        if not work.num_rows:
+            return await self.answer(work), 1
+        notes = Attempts(self.job.ledger, unit)
+        async with self._room.shared():
+            start = await asyncio.to_thread(notes.start)
+            if start is not None:
+                return await self.answer(work), start
+        # Its workers died, or the whole run did. Nothing else is in this process now, so a death says whose it was.
+        async with self._room.alone():
+            return pa.concat_tables(await self._find_culprits(notes, work, 0, work.num_rows)), STARTS + 1
+
+    async def _find_culprits(self, notes: Attempts, work: pa.Table, first: int, stop: int) -> list[pa.Table]:
+        """Answers of rows first to stop - 1. Those that kill their worker are halved; a single one is given up.
+
+        Each death ends this process; the next one gets here by the notes, and goes on from the answers that were kept.
+        """
+        kept = await asyncio.to_thread(notes.kept, first, stop)
+        if kept is not None:
+            return [from_ipc(kept)]
+        if await asyncio.to_thread(notes.start_alone, first, stop) is not None:
+            answers = await self.answer(work.slice(first, stop - first))
+            await asyncio.to_thread(notes.keep, first, stop, to_ipc(answers))
+            return [answers]
+        if stop - first == 1:
+            message = f"the worker died {STARTS} times with this row alone"
+            crashed = {"reason": RowErrorReason.CRASHED_WORKER.value, "message": message}
+            return [pa.Table.from_pylist([crashed], schema=ANSWER_SCHEMA)]
+        middle = (first + stop) // 2
+        halves = (first, middle), (middle, stop)
+        return [table for half in halves for table in await self._find_culprits(notes, work, *half)]
+
     async def _generate(self, requests: Sequence[Any]) -> list[Finished]:
+        for row_id, _, _ in requests:
+            failpoint(f"row.{row_id}")
         if not self._suspects:
             try:
                 return await asyncio.wrap_future(self.engine.submit(requests))
@@ -152,7 +112,7 @@ class Replica:
                 pass
         self._suspects += 1
         try:
-            async with self._alone:
+            async with self._one_at_a_time:
                 return await self._one_by_one(requests)
         finally:
             self._suspects -= 1
@@ -169,21 +129,45 @@ class Replica:
                 failures += 1
                 if failures == len(answers) + 1 and failures >= HOPELESS_ROWS:
                     raise
-                request = Request(row_id, token_ids, settings)
-                answers.append(Finished(request, error=RowErrorReason.INTERNAL, message=str(error)))
+                out_of_memory = is_out_of_memory(error.__cause__)
+                reason = RowErrorReason.OOM_SINGLE_ROW if out_of_memory else RowErrorReason.INTERNAL
+                answers.append(Finished(Request(row_id, token_ids, settings), error=reason, message=str(error)))
         return answers
 
-    def _note_attempt(self, unit: int) -> int:
-        """Count this attempt durably: a unit that kills its worker each time must not be tried for ever."""
-        failpoint("attempt.before")
-        directory = self.job.ledger.root / "attempts"
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            if (directory / f"{self.job.run_id}-u{unit:08d}-{attempt}").create_exclusive(b""):
-                return attempt
-        raise InfrastructureError(
-            f"unit {unit} must not kill its worker. It was started {MAX_ATTEMPTS} times in this run and never "
-            "finished; a rerun tries again"
-        )
+
+class _Room:
+    """This process as a room: units share it, or one has it alone. Who wants to be alone goes before new sharers."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Condition()
+        self._inside = 0
+        self._want_to_be_alone = 0
+
+    def shared(self) -> contextlib.AbstractAsyncContextManager[None]:
+        return self._enter(lambda: not self._want_to_be_alone)
+
+    @contextlib.asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        self._want_to_be_alone += 1
+        try:
+            async with self._enter(lambda: not self._inside):
+                yield
+        finally:
+            self._want_to_be_alone -= 1
+            async with self._changed:
+                self._changed.notify_all()
+
+    @contextlib.asynccontextmanager
+    async def _enter(self, may: Callable[[], bool]) -> AsyncIterator[None]:
+        async with self._changed:
+            await self._changed.wait_for(may)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
 
 
 def _answer(answer: Finished) -> dict[str, Any]:
@@ -192,9 +176,3 @@ def _answer(answer: Finished) -> dict[str, Any]:
         return {"reason": reason.value, "message": brief(answer.message or "no sequence was generated")}
     best = answer.sequences[0]
     return {"token_ids": best.token_ids, "finish_reason": best.finish_reason, "score": best.score}
-
-
-def _exit_if_device_is_lost(error: Exception) -> None:
-    """After a CUDA error every later call fails too; a new process is the only cure, and Ray starts one."""
-    if "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
-        os._exit(CUDA_EXIT_CODE)

@@ -6,12 +6,11 @@ No torch, no Ray. Three Arrow tables travel from stage to stage: `work` (one lin
 """
 
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,9 +18,10 @@ import pyarrow.parquet as pq
 
 from s2s_ray import presets
 from s2s_ray.errors import InfrastructureError, InputError, RowErrorReason, S2SRayError
-from s2s_ray.pipelines.inputs import new_columns
+from s2s_ray.pipelines.inputs import Watched, new_columns
 from s2s_ray.pipelines.ledger import Ledger, Shard
 from s2s_ray.pipelines.plan import Piece, Unit
+from s2s_ray.pipelines.retries import retrying
 from s2s_ray.pipelines.settings import GenerateSettings
 from s2s_ray.storage import Location
 from s2s_ray.text.preprocessor import EncodedSource, Seq2SeqLMPreprocessor
@@ -159,46 +159,19 @@ def from_ipc(content: bytes) -> pa.Table:
         return reader.read_all()
 
 
-class _Watched(io.RawIOBase):
-    """A stream that remembers a failed read, which tells failing storage apart from corrupt content."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self.error: Exception | None = None
-
-    def read(self, size: int = -1) -> bytes:
-        try:
-            return self._stream.read(size)
-        except Exception as error:
-            self.error = error
-            raise
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._stream.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._stream.tell()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-
 def _read_piece(piece: Piece, columns: list[str]) -> pa.Table:
     location = Location.parse(piece.file.url)
     try:
         # Nodes may hold copies of a local file with times of their own; there the size must do.
-        identity = str(location.size()) if location.is_local else location.identity()
+        identity = str(retrying(location.size)) if location.is_local else retrying(location.identity)
         planned = piece.file.identity.partition("-")[0] if location.is_local else piece.file.identity
         if identity != planned:
             raise InputError(f"{location.url} must not change during a run: it is another file than was planned")
-        stream = location.open()
+        stream = retrying(location.open)
     except OSError as error:
         raise InfrastructureError(f"{location.url} cannot be opened any more: {error}") from error
     with stream:
-        watched = _Watched(stream)
+        watched = Watched(stream)
         try:
             with pq.ParquetFile(watched) as parquet:
                 table = parquet.read_row_group(piece.row_group, columns=columns, use_threads=False)

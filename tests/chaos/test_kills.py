@@ -13,7 +13,7 @@ from s2s_ray.seq2seq_lm import Seq2SeqLM
 from s2s_ray.storage import Location
 
 ROWS = 128
-SLOW = {"S2S_RAY_FAILPOINT": "attempt.before:0:sleep=0.25"}  # each unit takes a while at its replica
+SLOW = {"S2S_RAY_FAILPOINT": "attempt.before:0:sleep=0.5"}  # each unit takes a while at its replica
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_killed_actor(flags: list[str], inputs: list[str], tmp_path: Path, expec
     assert code == 0, error
     assert_sound(inputs, tmp_path / "out", expected)
     assert f"{ROWS} rows in" in out
-    attempts = [path.name for path in (tmp_path / "out").glob("_s2s/*/attempts/*-2")]
+    attempts = [path.name for path in (tmp_path / "out").glob("_s2s/*/attempts/*.2")]
     assert attempts, "the kill came too late to matter"
 
 

@@ -12,12 +12,14 @@ from job_helpers import ROOT, write_input
 from s2s_ray.pipelines import command
 from s2s_ray.presets.manifest import seal
 
-JOBS = {name: runpy.run_path(str(ROOT / "jobs" / f"{name}.py")) for name in ("summarize", "generate", "verify")}
+JOBS = {
+    name: runpy.run_path(str(ROOT / "jobs" / f"{name}.py")) for name in ("summarize", "generate", "verify", "clean")
+}
 
 
 def outcome(name: str, *arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """(exit code, stderr)"""
-    job = JOBS[name]["main" if name == "verify" else name]
+    job = JOBS[name]["main" if name in ("verify", "clean") else name]
     with pytest.raises(SystemExit) as caught:
         command.main(job, arguments)
     return int(caught.value.code or 0), capsys.readouterr().err
@@ -95,9 +97,10 @@ def test_output_of_other_settings(
     assert code == 5 and "min_length was None, now 3; seed was 0, now 5" in error
 
 
-def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, error = outcome("verify", str(tmp_path), capsys=capsys)
-    assert code == 8 and "must hold _manifest.json" in error
+def test_verify_and_clean_need_a_finished_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for job in ("verify", "clean"):
+        code, error = outcome(job, str(tmp_path), capsys=capsys)
+        assert code == 8 and "must hold _manifest.json" in error
 
 
 def test_scripts_are_thin_and_open_with_commands() -> None:

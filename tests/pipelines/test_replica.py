@@ -1,16 +1,19 @@
 """The engine's thread and a replica in this process, with a tiny real model and without Ray."""
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 
 from s2s_ray import presets
-from s2s_ray.errors import InfrastructureError, RowErrorReason
-from s2s_ray.pipelines import replica as module
-from s2s_ray.pipelines.replica import EngineFailedError, Replica
+from s2s_ray.errors import RowErrorReason
+from s2s_ray.pipelines.attempts import STARTS, Attempts
+from s2s_ray.pipelines.engine_thread import EngineFailedError, _Batch
+from s2s_ray.pipelines.replica import Replica
 from s2s_ray.pipelines.rows import WORK_SCHEMA, Job, from_ipc, to_ipc
 from s2s_ray.pipelines.settings import GenerateSettings
 
@@ -81,7 +84,7 @@ def test_rows_that_need_no_model(replica: Replica) -> None:
 def test_a_row_that_fails_alone_is_an_error_and_its_neighbours_are_unchanged(replica: Replica) -> None:
     clean = asyncio.run(replica.answer(work_table(SOURCES)))
     make = replica.engine._make_engine
-    replica.engine._make_engine = lambda: FragileEngine(make(), fail_always=False)
+    replica.engine._make_engine = lambda slots: FragileEngine(make(slots), fail_always=False)
     replica.engine._inbox.put(_broken())  # the engine in use fails once, so that the next is a fragile one
 
     async def two_units() -> list[pa.Table]:
@@ -97,23 +100,156 @@ def test_a_row_that_fails_alone_is_an_error_and_its_neighbours_are_unchanged(rep
 
 def test_an_engine_that_always_fails_is_not_blamed_on_rows(replica: Replica) -> None:
     make = replica.engine._make_engine
-    replica.engine._make_engine = lambda: FragileEngine(make(), fail_always=True)
+    replica.engine._make_engine = lambda slots: FragileEngine(make(slots), fail_always=True)
     replica.engine._inbox.put(_broken())
     with pytest.raises(EngineFailedError, match="poison"):
         asyncio.run(replica.answer(work_table(SOURCES)))
 
 
 def _broken() -> Any:
-    batch = module._Batch(1)
+    batch = _Batch(1)
     batch.requests = [object()]  # type: ignore[list-item]
     return batch
 
 
-def test_attempts_are_counted_and_bounded(replica: Replica) -> None:
-    batch = pa.table({"unit": [7], "work": pa.array([to_ipc(work_table(SOURCES[:1]))], pa.large_binary())})
-    for attempt in range(1, module.MAX_ATTEMPTS + 1):
+def as_batch(sources: list[list[int]]) -> pa.Table:
+    return pa.table({"unit": [7], "work": pa.array([to_ipc(work_table(sources))], pa.large_binary())})
+
+
+def answers_of(result: pa.Table) -> list[dict[str, Any]]:
+    return from_ipc(result.column("answers")[0].as_buffer()).to_pylist()
+
+
+def test_starts_are_counted_and_a_unit_that_never_came_back_goes_alone(replica: Replica) -> None:
+    batch = as_batch(SOURCES[:3])
+    expected = None
+    for start in range(1, STARTS + 3):
         result = asyncio.run(replica(batch))
-        assert result.column("attempts").to_pylist() == [attempt]
-    assert from_ipc(result.column("answers")[0].as_buffer()).num_rows == 1
-    with pytest.raises(InfrastructureError, match="unit 7 must not kill its worker"):
-        asyncio.run(replica(batch))
+        assert result.column("attempts").to_pylist() == [min(start, STARTS + 1)]
+        expected = expected or answers_of(result)
+        assert answers_of(result) == expected
+    names = Attempts(replica.job.ledger, 7).ledger.attempts.list_names()
+    assert names == ["u00000007.0-3.1", "u00000007.0-3.answers", *(f"u00000007.{n}" for n in (1, 2, 3))]
+
+
+@pytest.mark.parametrize("culprits", [[5], [0, 11], [6, 7, 8], list(range(12))])
+def test_rows_that_kill_their_worker_are_found_and_the_rest_is_answered(
+    replica: Replica, culprits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P9, without Ray: the process dies each time a culprit reaches the engine; its successor goes on by the notes."""
+    expected = answers_of(asyncio.run(replica(as_batch(SOURCES))))
+    shutil.rmtree(replica.job.ledger.attempts.path)
+    submit = replica.engine.submit
+    tried = []
+
+    def dies(requests: Any) -> Any:
+        tried.append([row for row, _, _ in requests])
+        if any(row in culprits for row in tried[-1]):
+            raise Death
+        return submit(requests)
+
+    class Death(BaseException):
+        """Nothing in the replica catches it, so it ends the call as the end of the process would."""
+
+    monkeypatch.setattr(replica.engine, "submit", dies)
+    for _deaths in range(100):
+        try:
+            result = asyncio.run(replica(as_batch(SOURCES)))
+            break
+        except Death:
+            continue
+    answers = answers_of(result)
+    assert [row for row in range(12) if answers[row]["reason"] == "CRASHED_WORKER"] == culprits
+    assert [a for row, a in enumerate(answers) if row not in culprits] == [
+        a for row, a in enumerate(expected) if row not in culprits
+    ]
+    assert "died 3 times" in answers[culprits[0]]["message"]
+    good = [rows for rows in tried if not set(rows) & set(culprits)]
+    assert len(good) == len({tuple(rows) for rows in good}), "answers of an earlier process were not kept"
+    assert max(tried.count([row]) for row in culprits) == STARTS
+
+
+def test_a_suspect_is_alone_in_the_process(replica: Replica) -> None:
+    notes = Attempts(replica.job.ledger, 7)
+    assert [notes.start() for _ in range(STARTS + 1)] == [1, 2, 3, None]
+    inside: list[int] = []
+    together: list[set[int]] = []
+    answer = replica.answer
+
+    async def watched(work: pa.Table) -> pa.Table:
+        number = work.num_rows
+        inside.append(number)
+        together.append(set(inside))
+        result = await answer(work)
+        await asyncio.sleep(0.01)
+        inside.remove(number)
+        return result
+
+    replica.answer = watched  # type: ignore[method-assign]
+
+    async def calls() -> None:
+        others = [as_batch(SOURCES[:n]).set_column(0, "unit", pa.array([n])) for n in (1, 2, 3)]
+        await asyncio.gather(*map(replica, [others[0], as_batch(SOURCES), *others[1:]]))
+
+    asyncio.run(calls())
+    assert {12} in together and not [group for group in together if 12 in group and len(group) > 1]
+
+
+class SmallDevice:
+    """The real engine on a device that holds `room` live sequences."""
+
+    def __init__(self, engine: Any, room: int) -> None:
+        self.engine, self.room = engine, room
+        self.max_slots = engine.max_slots
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.engine.has_work)
+
+    def add(self, requests: Any) -> None:
+        self.engine.add(requests)
+
+    def step(self) -> Any:
+        answers = self.engine.step()
+        live = sum(lane.answered.count(False) for lane in self.engine._lanes.values())
+        if live > self.room:
+            raise torch.OutOfMemoryError("out of memory")
+        return answers
+
+
+@pytest.mark.parametrize("room", [1, 3, 5])
+def test_out_of_memory_while_decoding_halves_what_runs_and_keeps_to_it(replica: Replica, room: int) -> None:
+    """P13: no row is lost to it; the later engines start with the smaller size."""
+    expected = asyncio.run(replica.answer(work_table(SOURCES))).to_pylist()
+    make = replica.engine._make_engine
+    sizes: list[int | None] = []
+
+    def small(slots: int | None) -> SmallDevice:
+        sizes.append(slots)
+        return SmallDevice(make(slots), room)
+
+    replica.engine._make_engine = small
+    replica.engine._inbox.put(_broken())
+
+    async def two_units() -> list[pa.Table]:
+        return await asyncio.gather(*(replica.answer(work_table(SOURCES[i : i + 6], i)) for i in (0, 6)))
+
+    together = [row for table in asyncio.run(two_units()) for row in table.to_pylist()]
+    assert together == expected
+    assert sizes[:3] == [None, 64, 32] and (sizes[-1] or 0) >= room // 2 and len(sizes) <= 9
+    assert asyncio.run(replica.answer(work_table(SOURCES))).to_pylist() == expected
+    assert sizes[-1] == min(size for size in sizes if size), "the smaller size was not kept"
+
+
+def test_a_row_too_large_for_the_device_alone(replica: Replica) -> None:
+    make = replica.engine._make_engine
+
+    class Tiny(SmallDevice):
+        def add(self, requests: Any) -> None:
+            self.room = 0 if any(POISON in request.token_ids for request in requests) else 99
+            super().add(requests)
+
+    replica.engine._make_engine = lambda slots: Tiny(make(slots), 99)
+    replica.engine._inbox.put(_broken())
+    answers = asyncio.run(replica.answer(work_table([SOURCES[0], [0, POISON, 2], *SOURCES[1:4]]))).to_pylist()
+    assert [row["reason"] for row in answers] == [None, "OOM_SINGLE_ROW", None, None, None]
