@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +52,8 @@ class Pair:
     suite: str
 
 
-def fetch(suite: str, folder: Path) -> tuple[Path, Path]:
-    """Download one suite's package index and English descriptions; returns the two text files."""
+def fetch(suite: str, folder: Path, languages: Sequence[str] = ("en",)) -> tuple[Path, dict[str, Path]]:
+    """Download one suite's package index and descriptions; returns the index and a text file per language."""
     lists = folder / "lists" / suite
     (lists / "partial").mkdir(parents=True, exist_ok=True)
     sources = folder / f"{suite}.list"
@@ -62,12 +62,13 @@ def fetch(suite: str, folder: Path) -> tuple[Path, Path]:
         "Dir::State::lists": lists.resolve(),
         "Dir::Etc::SourceList": sources.resolve(),
         "Dir::Etc::SourceParts": "-",
-        "Acquire::Languages": "en",
+        "Acquire::Languages": ",".join(languages),
         "APT::Sandbox::User": "root",
         "APT::Architectures": "amd64",
     }
     subprocess.run(["apt-get", "update", "-q", *(f"-o{k}={v}" for k, v in options.items())], check=True)
-    return _unpack(lists, "*_binary-amd64_Packages*"), _unpack(lists, "*_i18n_Translation-en*")
+    translations = {language: _unpack(lists, f"*_i18n_Translation-{language}*") for language in languages}
+    return _unpack(lists, "*_binary-amd64_Packages*"), translations
 
 
 def _unpack(lists: Path, pattern: str) -> Path:
@@ -88,7 +89,7 @@ def stanzas(path: Path) -> Iterator[dict[str, str]]:
     fields: dict[str, str] = {}
     key = ""
     for line in path.read_text(encoding="utf-8", errors="strict").split("\n"):
-        if not line.strip():
+        if not line.strip(" \t"):  # a line with only a no-break space, as French translators write, separates nothing
             if fields:
                 yield fields
             fields, key = {}, ""
@@ -130,13 +131,16 @@ def readable(extended: str) -> str:
     return re.sub(r"[ \xa0]{2,}", " ", joined).strip()
 
 
-def read_pairs(suites: Iterable[str], folder: Path) -> list[Pair]:
-    """Unique (description, reference) pairs over all suites, ordered by Description-md5."""
+def read_pairs(suites: Iterable[str], folder: Path, languages: Sequence[str] = ("en",)) -> list[Pair]:
+    """Unique English (description, reference) pairs over all suites, ordered by Description-md5.
+
+    The descriptions in other `languages` are downloaded along with them.
+    """
     unique: dict[tuple[str, str], Pair] = {}
     for suite in suites:
-        packages, translations = fetch(suite, folder)
+        packages, translations = fetch(suite, folder, languages)
         sources = {f["Package"]: f.get("Source", f["Package"]).split()[0] for f in stanzas(packages)}
-        for fields in stanzas(translations):
+        for fields in stanzas(translations["en"]):
             synopsis, _, extended = fields.get("Description-en", "").partition("\n")
             name = fields["Package"]
             reference = " ".join(synopsis.split())

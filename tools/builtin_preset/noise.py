@@ -40,12 +40,12 @@ def infill(mask_id: int, share: float = 0.3, mean_span: float = 3.0) -> Noise:
     return apply
 
 
-def mask_tokens(mask_id: int, share: float = 0.1) -> Noise:
-    """Replace a random `share` of the tokens, the first and last excepted, by <mask>."""
+def mask_tokens(mask_id: int, share: float = 0.1, *, first: int = 1) -> Noise:
+    """Replace a random `share` of the tokens, the `first` ones and the last excepted, by <mask>."""
 
     def apply(ids: NDArray[np.int32], generator: np.random.Generator) -> NDArray[np.int32]:
         hidden = generator.random(len(ids)) < share
-        hidden[[0, -1]] = False
+        hidden[:first] = hidden[-1] = False
         return np.where(hidden, np.int32(mask_id), ids)
 
     return apply

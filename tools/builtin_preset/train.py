@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,19 @@ SELECTION_ROWS = 600
 VALIDATION_BATCH_TOKENS = 65536
 
 
-def train_tokenizer(texts: list[str], vocabulary_size: int, directory: Path) -> None:
-    """A byte-level BPE with BART's special tokens and template, as tokenizer.json and tokenizer_config.json."""
+def train_tokenizer(
+    texts: list[str], vocabulary_size: int, directory: Path, *, positions: int = MAX_POSITIONS, more: Sequence[str] = ()
+) -> None:
+    """A byte-level BPE with BART's special tokens and template, as tokenizer.json and tokenizer_config.json.
+
+    `more` are special tokens of the model's own, from id 5 on.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=[*SPECIAL_TOKENS, *more],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -54,12 +60,25 @@ def train_tokenizer(texts: list[str], vocabulary_size: int, directory: Path) -> 
     tokenizer.save(str(directory / "tokenizer.json"))
     names = {"bos": "<s>", "cls": "<s>", "eos": "</s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>"}
     config: dict[str, Any] = {f"{role}_token": token for role, token in names.items()}
-    config |= {"tokenizer_class": "BartTokenizer", "model_max_length": MAX_POSITIONS, "add_prefix_space": False}
+    config |= {"tokenizer_class": "BartTokenizer", "model_max_length": positions, "add_prefix_space": False}
+    if more:
+        config["additional_special_tokens"] = list(more)
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def write_configs(directory: Path, vocabulary_size: int, layers: tuple[int, int]) -> None:
-    """config.json, generation_config.json and preprocessor.json of the model to be trained."""
+def write_configs(
+    directory: Path,
+    vocabulary_size: int,
+    layers: Sequence[int],
+    generation: Mapping[str, Any],
+    *,
+    feed_forward: Sequence[int] = (1024, 1024),
+    positions: tuple[int, int] = (MAX_POSITIONS, 64),
+) -> None:
+    """config.json, generation_config.json and preprocessor.json of the model to be trained.
+
+    `layers`, `feed_forward` and `positions` (longest texts, in tokens) are encoder's and decoder's.
+    """
     ids = {
         "bos_token_id": 0,
         "pad_token_id": 1,
@@ -77,9 +96,9 @@ def write_configs(directory: Path, vocabulary_size: int, layers: tuple[int, int]
         "decoder_layers": layers[1],
         "encoder_attention_heads": 4,
         "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 1024,
-        "decoder_ffn_dim": 1024,
-        "max_position_embeddings": MAX_POSITIONS,
+        "encoder_ffn_dim": feed_forward[0],
+        "decoder_ffn_dim": feed_forward[1],
+        "max_position_embeddings": max(positions),
         "activation_function": "gelu",
         "dropout": 0.1,
         "attention_dropout": 0.0,
@@ -90,9 +109,12 @@ def write_configs(directory: Path, vocabulary_size: int, layers: tuple[int, int]
         "use_cache": True,
         **ids,
     }
-    beams = {"num_beams": 4, "max_length": 40, "no_repeat_ngram_size": 3, "early_stopping": True}
-    lengths = {"encoder_sequence_length": MAX_POSITIONS, "decoder_sequence_length": 64, "decoder_start_token_id": 2}
-    for name, content in (("config", config), ("generation_config", ids | beams), ("preprocessor", lengths)):
+    lengths = {
+        "encoder_sequence_length": positions[0],
+        "decoder_sequence_length": positions[1],
+        "decoder_start_token_id": 2,
+    }
+    for name, content in (("config", config), ("generation_config", {**ids, **generation}), ("preprocessor", lengths)):
         (directory / f"{name}.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
@@ -176,6 +198,7 @@ def run_stage(
     smoothing: float,
     decay: float,
     seconds: float | None,
+    seed: int,
 ) -> KeepBest:
     """One call of `fit`; the task ends with the averaged weights of the last epoch."""
     steps = epochs * len(data.data.plan.batches())
@@ -194,7 +217,7 @@ def run_stage(
         validation_batch_size=256,
         precision="fp32",
         callbacks=[WeightAverage(decay), keep, Deadline(seconds)],
-        seed=args.seed,
+        seed=seed,
     )
     print(f"{epochs} epochs, {steps} steps at most, {time.monotonic() - started:.0f} s; best {keep.best}", flush=True)
     return keep
@@ -229,7 +252,8 @@ def train(table: pa.Table, validation: pa.Table) -> list[Path]:
     start.mkdir(parents=True)
     texts = table.column("description").to_pylist() + 3 * table.column("reference").to_pylist()
     train_tokenizer(texts, args.vocabulary_size, start)
-    write_configs(start, args.vocabulary_size, tuple(args.layers))
+    beams = {"num_beams": 4, "max_length": 40, "no_repeat_ngram_size": 3, "early_stopping": True}
+    write_configs(start, args.vocabulary_size, args.layers, beams)
     torch.manual_seed(args.seed)
     # At this size a step waits for kernel launches, and bf16 autocast launches a cast for nearly every operand.
     torch.set_float32_matmul_precision("high")
@@ -254,17 +278,30 @@ def train(table: pa.Table, validation: pa.Table) -> list[Path]:
             smoothing=0.0,
             decay=0.999,
             seconds=args.pretrain_seconds,
+            seed=args.seed,
         )
     summaries = Epochs(NoisedPairs(pairs, mask_tokens(MASK_ID, args.mask), **batch), args.workers)
     epochs = affordable(task, summaries, args.epochs, args.seconds)
     keep = run_stage(
-        task, summaries, held_out, epochs=epochs, rate=args.rate, smoothing=0.1, decay=0.9995, seconds=args.seconds
+        task,
+        summaries,
+        held_out,
+        epochs=epochs,
+        rate=args.rate,
+        smoothing=0.1,
+        decay=0.9995,
+        seconds=args.seconds,
+        seed=args.seed,
     )
-    candidates = {"last": task.backbone.state_dict(), **keep.weights}
+    return save_candidates(task, keep, args.output)
+
+
+def save_candidates(task: Seq2SeqLM, keep: KeepBest, output: Path) -> list[Path]:
+    """The last weights and the kept ones as fp16 presets beside `output`."""
     paths = []
-    for name, weights in candidates.items():
+    for name, weights in {"last": task.backbone.state_dict(), **keep.weights}.items():
         task.backbone.load_state_dict({k: v.float() for k, v in weights.items()})
-        paths.append(args.output.with_name(f"{args.output.name}.{name}"))
+        paths.append(output.with_name(f"{output.name}.{name}"))
         save(task, paths[-1])
     return paths
 
