@@ -9,7 +9,7 @@ where they were computed, and never moved: which of them a beam's history consis
 is a gather over booleans.
 
 Dimensions: R rows of a cohort, W width (beams or parallel samples of a row), N sum of R x W, H heads, K head size,
-S source length, T positions decoded so far.
+S source length, T positions decoded so far, D the model's width, P of a position table.
 """
 
 from collections.abc import Sequence
@@ -31,9 +31,10 @@ class Cohort:
         width: int,
         num_heads: int,
         scale: float,
+        position_tables: Tensor | None = None,
     ) -> None:
         """cross: per layer key and value `[R, S, D]`; padding_mask bool `[R, S]`, True for tokens, None without
-        padding.
+        padding; position_tables `[1 or layers, H, P]`: see `Backbone.position_tables`.
         """
         self.width = width
         self.num_heads = num_heads
@@ -51,7 +52,8 @@ class Cohort:
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._ancestry: Tensor | None = None
-        self._self_bias: Tensor | None = None
+        self._tables = position_tables
+        self._self_bias: Tensor | None = None  # [1 or layers, R x H, W, T x W]
 
     @property
     def num_sequences(self) -> int:
@@ -67,15 +69,22 @@ class Cohort:
         capacity = self._keys[0].shape[1] // self.width if self._keys else 0
         if self.age == capacity:
             self._grow(max(_GROWTH, 2 * capacity))
+        self._self_bias = None if self._tables is None else self._position_bias(self._tables)
         if self.width > 1:
             self._begin_ancestry()
+
+    def _position_bias(self, tables: Tensor) -> Tensor:
+        distances = torch.arange(self.age, -1, -1, device=tables.device).clamp(max=tables.shape[-1] - 1)
+        bias = tables[:, :, distances].repeat_interleave(self.width, dim=-1)
+        return bias[:, None, :, None].expand(-1, self.num_rows, -1, self.width, -1).flatten(1, 2)
 
     def _begin_ancestry(self) -> None:
         own = torch.eye(self.width, dtype=torch.bool, device=self.cross[0][0].device).expand(self.num_rows, -1, -1)
         self._ancestry = own if self._ancestry is None else torch.cat((self._ancestry, own), dim=-1)
         bias = torch.zeros(self._ancestry.shape, dtype=self.cross[0][0].dtype, device=self._ancestry.device)
         bias.masked_fill_(~self._ancestry, float("-inf"))
-        self._self_bias = bias.repeat_interleave(self.num_heads, dim=0)  # [R x H, W, T x W]
+        bias = bias.repeat_interleave(self.num_heads, dim=0)
+        self._self_bias = bias[None] if self._self_bias is None else self._self_bias + bias
 
     def _grow(self, capacity: int) -> None:
         reference = self.cross[0][0]
@@ -93,7 +102,8 @@ class Cohort:
         keys, values = self._keys[layer], self._values[layer]
         keys[:, start:end] = self._split(key)
         values[:, start:end] = self._split(value)
-        return self._attend(query, keys[:, :end], values[:, :end], self._self_bias)
+        bias = None if self._self_bias is None else self._self_bias[layer % len(self._self_bias)]
+        return self._attend(query, keys[:, :end], values[:, :end], bias)
 
     def attend_cross(self, layer: int, query: Tensor) -> Tensor:
         """query `[R x W, D]` to its attention output over the row's source, `[R x W, D]`."""

@@ -4,7 +4,7 @@ Dimensions: B rows, S source, T target, N rows x beams, D model, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -79,6 +79,10 @@ class Backbone(nn.Module, ABC):
         """What follows the last decoder layer."""
         return x
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Convert the parameters to `dtype`, but for those that a family cannot compute in it."""
+        self.to(dtype)
+
     # What generation and training call.
 
     def encode(self, token_ids: Tensor, padding_mask: Tensor) -> Tensor:
@@ -87,8 +91,8 @@ class Backbone(nn.Module, ABC):
         unpadded = not self.training and bool(padding_mask.all())
         mask = None if unpadded else padding_mask[:, None, None]
         x = self.embed_source(token_ids, padding_mask)
-        for layer in self.encoder_layers:
-            x = layer(x, mask)
+        for layer, self_mask in _self_masks(self.encoder_layers, token_ids.shape[1], mask):
+            x = layer(x, self_mask)
         return self.finish_encoder(x)
 
     def init_cache(self, memory: Tensor, padding_mask: Tensor, width: int = 1) -> Cohort:
@@ -98,7 +102,17 @@ class Backbone(nn.Module, ABC):
         attentions = [layer.cross_attention for layer in self.decoder_layers if isinstance(layer, DecoderLayer)]
         cross = [attention.project_memory(memory) for attention in attentions]
         padded = None if bool(padding_mask.all()) else padding_mask
-        return Cohort(cross, padded, width=width, num_heads=attentions[0].num_heads, scale=attentions[0].scale)
+        tables = self.position_tables()
+        first = attentions[0]
+        return Cohort(cross, padded, width=width, num_heads=first.num_heads, scale=first.scale, position_tables=tables)
+
+    def position_tables(self) -> Tensor | None:
+        """What the decoder's self-attention adds to its scores for the key that lies 0, 1, ... P - 1 positions back
+        (P - 1: or farther), `[1 or layers, H, P]`; one table serves all layers. None without relative positions.
+        """
+        attentions = [layer.self_attention for layer in self.decoder_layers if isinstance(layer, DecoderLayer)]
+        tables = [attention.relative_bias.table() for attention in attentions if attention.relative_bias is not None]
+        return torch.stack(tables) if tables else None
 
     def decode(self, token_ids: Tensor, cache: DecoderCache) -> Tensor:
         """The newest token of each sequence, int64 `[N]`, to logits fp32 `[N, V]`; the cache advances by one."""
@@ -118,8 +132,8 @@ class Backbone(nn.Module, ABC):
         target = batch["decoder_token_ids"].long()
         memory = self.encode(source, mask)
         x = self.embed_target(target, torch.arange(target.shape[1], device=target.device).expand_as(target))
-        for layer in self.decoder_layers:
-            x = layer(x, memory, mask[:, None, None])
+        for layer, self_mask in _self_masks(self.decoder_layers, target.shape[1], None):
+            x = layer(x, memory, mask[:, None, None], self_mask)
         return self.logits(self.finish_decoder(x))
 
     def logits(self, x: Tensor) -> Tensor:
@@ -162,3 +176,16 @@ class Backbone(nn.Module, ABC):
         for ours, theirs in self.checkpoint_names:
             name = name.replace(ours, theirs)
         return name
+
+
+def _self_masks(layers: nn.ModuleList, length: int, mask: Tensor | None) -> Iterator[tuple[nn.Module, Tensor | None]]:
+    """Each layer with its self-attention's mask: `mask` (bool), or where it has relative positions their bias, -inf
+    where `mask` is False. A layer without a bias of its own shares the one before it.
+    """
+    combined = mask
+    for layer in layers:
+        attention = layer.self_attention
+        if isinstance(attention, Attention) and attention.relative_bias is not None:
+            combined = attention.relative_bias(length)
+            combined = combined if mask is None else combined.masked_fill(~mask, float("-inf"))
+        yield layer, combined

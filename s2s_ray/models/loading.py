@@ -45,12 +45,14 @@ def build_backbone(
     if directory is None:
         backbone = cls(config)
         initialise(backbone, float(config.get("init_std", 0.02)))
-        return backbone.to(device=target, dtype=resolve_dtype(dtype))
+        backbone.cast(resolve_dtype(dtype))
+        return backbone.to(device=target)
     with torch.device("meta"):
         backbone = cls(config)
     files = WeightFiles.open(directory)
     sources = _match(backbone, files)
-    backbone.to(resolve_dtype(dtype)).to_empty(device=target)
+    backbone.cast(resolve_dtype(dtype))
+    backbone.to_empty(device=target)
     _fill(backbone, files, sources)
     return backbone
 

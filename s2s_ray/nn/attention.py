@@ -1,12 +1,14 @@
 """Multi-head attention: one module for encoder, decoder and cross-attention.
 
-Dimensions: B rows, S source, T target or query length, N rows x beams, H heads, K head size, D model.
+Dimensions: B rows, S source, T target or query length, N rows x beams, H heads, K head size, D model, I = H x K
+(D in most families, not in T5).
 """
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2s_ray.nn.linear import Projection, pack_linear
+from s2s_ray.nn.positions import RelativeBias
 
 
 class Attention(nn.Module):
@@ -16,22 +18,39 @@ class Attention(nn.Module):
     `output` around a cache that does the attention itself, on the packed weights that `pack` makes.
     """
 
-    def __init__(self, hidden_dim: int, num_heads: int, *, dropout: float = 0.0, bias: bool = True) -> None:
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        relative_bias: RelativeBias | None = None,
+    ) -> None:
+        """head_dim: default D / H; scale: of the scores, default head_dim ** -0.5. relative_bias is only held here: the
+        stack that owns this layer adds it to the mask, since layers may share it.
+        """
         super().__init__()
         self.num_heads = num_heads
-        self.head_dim = hidden_dim // num_heads
-        self.scale = self.head_dim**-0.5
+        self.head_dim = head_dim or hidden_dim // num_heads
+        self.scale = self.head_dim**-0.5 if scale is None else scale
         self.dropout = dropout
-        self.query = nn.Linear(hidden_dim, hidden_dim, bias=bias)
-        self.key = nn.Linear(hidden_dim, hidden_dim, bias=bias)
-        self.value = nn.Linear(hidden_dim, hidden_dim, bias=bias)
-        self.out = nn.Linear(hidden_dim, hidden_dim, bias=bias)
+        inner_dim = num_heads * self.head_dim
+        self.query = nn.Linear(hidden_dim, inner_dim, bias=bias)
+        self.key = nn.Linear(hidden_dim, inner_dim, bias=bias)
+        self.value = nn.Linear(hidden_dim, inner_dim, bias=bias)
+        self.out = nn.Linear(inner_dim, hidden_dim, bias=bias)
+        self.relative_bias = relative_bias
         self._packed: dict[str, Projection] = {}
 
     def forward(
         self, x: Tensor, memory: Tensor | None = None, *, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
-        """x `[B, T, D]`, memory `[B, S, D]` (None: x itself), mask bool `[B, 1, 1 or T, S]`, True to attend."""
+        """x `[B, T, D]`, memory `[B, S, D]` (None: x itself), mask `[B or 1, 1 or H, 1 or T, S]`: bool,
+        True to attend, or what is added to the scores.
+        """
         query, key, value = self._project_all(x, memory)
         heads = F.scaled_dot_product_attention(
             self._split(query),
@@ -52,28 +71,28 @@ class Attention(nn.Module):
         return self.query(x), self.key(source), self.value(source)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # [B, T, D] -> [B, H, T, K]
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # [B, T, I] -> [B, H, T, K]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x `[..., D]` to its query, key and value, each `[..., D]`."""
+        """x `[..., D]` to its query, key and value, each `[..., I]`."""
         if "qkv" in self._packed:
             query, key, value = self._packed["qkv"](x).chunk(3, dim=-1)
             return query, key, value
         return self.query(x), self.key(x), self.value(x)
 
     def project_query(self, x: Tensor) -> Tensor:
-        """x `[..., D]` to its query `[..., D]`."""
+        """x `[..., D]` to its query `[..., I]`."""
         return self._packed.get("query", self.query)(x)
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """memory `[B, S, D]` to cross-attention keys and values, each `[B, S, D]`."""
+        """memory `[B, S, D]` to cross-attention keys and values, each `[B, S, I]`."""
         if "kv" in self._packed:
             key, value = self._packed["kv"](memory).chunk(2, dim=-1)
             return key, value
         return self.key(memory), self.value(memory)
 
     def output(self, x: Tensor) -> Tensor:
-        """The joined heads `[..., D]` through the output projection."""
+        """The joined heads `[..., I]` through the output projection, `[..., D]`."""
         return self._packed.get("out", self.out)(x)
 
     def pack(self, *, cross: bool) -> None:

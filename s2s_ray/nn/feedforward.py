@@ -7,27 +7,50 @@ from s2s_ray.nn.linear import ACTIVATIONS, Projection, pack_linear
 
 
 class FeedForward(nn.Module):
-    """`[..., D] -> [..., intermediate] -> [..., D]` with an activation and its dropout in between."""
+    """`[..., D] -> [..., intermediate] -> [..., D]` with an activation and its dropout in between.
 
-    def __init__(self, hidden_dim: int, intermediate_dim: int, activation: str, *, dropout: float = 0.0) -> None:
+    `gated` multiplies the product `up` with an activated product `gate` (arXiv:2002.05202).
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        intermediate_dim: int,
+        activation: str,
+        *,
+        dropout: float = 0.0,
+        bias: bool = True,
+        gated: bool = False,
+    ) -> None:
         super().__init__()
         self.activation = activation
         self.dropout = dropout
-        self.up = nn.Linear(hidden_dim, intermediate_dim)
-        self.down = nn.Linear(intermediate_dim, hidden_dim)
+        self.gate = nn.Linear(hidden_dim, intermediate_dim, bias=bias) if gated else None
+        self.up = nn.Linear(hidden_dim, intermediate_dim, bias=bias)
+        self.down = nn.Linear(intermediate_dim, hidden_dim, bias=bias)
         self._packed: tuple[Projection, Projection] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `[..., D]` to `[..., D]`."""
-        if self._packed is not None:
-            up, down = self._packed
-            return down(up(x))
-        hidden = ACTIVATIONS[self.activation](self.up(x))
-        return self.down(F.dropout(hidden, self.dropout, self.training))
+        """x `[..., D]` to `[..., D]`, in the dtype of `down`: T5 keeps that in fp32 where the rest is fp16."""
+        up, down = self._packed or (self._up, self.down)
+        hidden = F.dropout(up(x), self.dropout, self.training)
+        return down(hidden.to(self.down.weight.dtype))
+
+    def _up(self, x: Tensor) -> Tensor:
+        activate = ACTIVATIONS[self.activation]
+        return activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x)
 
     def pack(self) -> None:
-        """Pack both products for generation, the activation fused into the first."""
-        self._packed = (pack_linear(self.up, activation=self.activation), pack_linear(self.down))
+        """Pack the products for generation, the activation fused into the first."""
+        if self.gate is None:
+            packed = pack_linear(self.up, activation=self.activation)
+        else:
+            gate, up = pack_linear(self.gate, activation=self.activation), pack_linear(self.up)
+
+            def packed(x: Tensor) -> Tensor:
+                return gate(x) * up(x)
+
+        self._packed = (packed, pack_linear(self.down))
 
     def unpack(self) -> None:
         """Forget the packed weights."""

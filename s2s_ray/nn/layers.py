@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from s2s_ray.nn.attention import Attention
 from s2s_ray.nn.feedforward import FeedForward
+from s2s_ray.nn.norms import RMSNorm
+from s2s_ray.nn.positions import RelativeBias
 
 if TYPE_CHECKING:
     from s2s_ray.generation.cache import DecoderCache
@@ -20,28 +22,52 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerShape:
-    """What a layer is made of. Dropouts are probabilities; `pre_norm` puts the norm before each block."""
+    """What a layer is made of. Dropouts are probabilities; `pre_norm` puts the norm before each block.
+
+    head_dim and attention_scale: as in Attention. bias: of all linear layers. gated: as in FeedForward.
+    """
 
     hidden_dim: int
     num_heads: int
     intermediate_dim: int
     activation: str
     pre_norm: bool = False
+    rms_norm: bool = False
+    norm_eps: float = 1e-5
+    head_dim: int | None = None
+    attention_scale: float | None = None
+    bias: bool = True
+    gated: bool = False
     dropout: float = 0.0
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
 
-    def attention(self) -> Attention:
+    def attention(self, relative_bias: RelativeBias | None = None) -> Attention:
         """A new attention module of this shape."""
-        return Attention(self.hidden_dim, self.num_heads, dropout=self.attention_dropout)
+        return Attention(
+            self.hidden_dim,
+            self.num_heads,
+            head_dim=self.head_dim,
+            scale=self.attention_scale,
+            dropout=self.attention_dropout,
+            bias=self.bias,
+            relative_bias=relative_bias,
+        )
 
     def feedforward(self) -> FeedForward:
         """A new feed-forward module of this shape."""
-        return FeedForward(self.hidden_dim, self.intermediate_dim, self.activation, dropout=self.activation_dropout)
+        return FeedForward(
+            self.hidden_dim,
+            self.intermediate_dim,
+            self.activation,
+            dropout=self.activation_dropout,
+            bias=self.bias,
+            gated=self.gated,
+        )
 
-    def norm(self) -> nn.LayerNorm:
-        """A new layer norm of this width."""
-        return nn.LayerNorm(self.hidden_dim)
+    def norm(self) -> nn.Module:
+        """A new norm of this width."""
+        return (RMSNorm if self.rms_norm else nn.LayerNorm)(self.hidden_dim, self.norm_eps)
 
 
 class _Layer(nn.Module):
@@ -52,12 +78,12 @@ class _Layer(nn.Module):
 
     def _residual(self, x: Tensor, norm: nn.Module, block: Callable[[Tensor], Tensor]) -> Tensor:
         if self.pre_norm:
-            return x + F.dropout(block(norm(x)), self.dropout, self.training)
-        return norm(x + F.dropout(block(x), self.dropout, self.training))
+            return clamp_overflow(x + F.dropout(block(norm(x)), self.dropout, self.training))
+        return clamp_overflow(norm(x + F.dropout(block(x), self.dropout, self.training)))
 
 
 def clamp_overflow(x: Tensor) -> Tensor:
-    """Bring fp16 infinities back into range, as transformers does after each BART-like encoder layer."""
+    """Bring fp16 infinities back into range, as transformers does after T5's blocks and BART's encoder layers."""
     if x.dtype != torch.float16:
         return x
     limit = torch.finfo(x.dtype).max - 1000
@@ -67,17 +93,17 @@ def clamp_overflow(x: Tensor) -> Tensor:
 class EncoderLayer(_Layer):
     """Self-attention, then feed-forward."""
 
-    def __init__(self, shape: LayerShape) -> None:
+    def __init__(self, shape: LayerShape, relative_bias: RelativeBias | None = None) -> None:
         super().__init__(shape)
-        self.self_attention = shape.attention()
+        self.self_attention = shape.attention(relative_bias)
         self.self_attention_norm = shape.norm()
         self.feedforward = shape.feedforward()
         self.feedforward_norm = shape.norm()
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x `[B, S, D]`, mask bool `[B, 1, 1, S]` or None."""
+        """x `[B, S, D]`, mask as in Attention or None."""
         x = self._residual(x, self.self_attention_norm, lambda h: self.self_attention(h, mask=mask))
-        return clamp_overflow(self._residual(x, self.feedforward_norm, self.feedforward))
+        return self._residual(x, self.feedforward_norm, self.feedforward)
 
     def pack(self) -> None:
         """Pack the weights for generation."""
@@ -88,18 +114,23 @@ class EncoderLayer(_Layer):
 class DecoderLayer(_Layer):
     """Self-attention, cross-attention, then feed-forward."""
 
-    def __init__(self, shape: LayerShape) -> None:
+    def __init__(self, shape: LayerShape, relative_bias: RelativeBias | None = None) -> None:
         super().__init__(shape)
-        self.self_attention = shape.attention()
+        self.self_attention = shape.attention(relative_bias)
         self.self_attention_norm = shape.norm()
         self.cross_attention = shape.attention()
         self.cross_attention_norm = shape.norm()
         self.feedforward = shape.feedforward()
         self.feedforward_norm = shape.norm()
 
-    def forward(self, x: Tensor, memory: Tensor, memory_mask: Tensor | None) -> Tensor:
-        """Whole target sequences: x `[B, T, D]`, memory `[B, S, D]`, memory_mask bool `[B, 1, 1, S]` or None."""
-        x = self._residual(x, self.self_attention_norm, lambda h: self.self_attention(h, causal=True))
+    def forward(self, x: Tensor, memory: Tensor, memory_mask: Tensor | None, self_mask: Tensor | None = None) -> Tensor:
+        """Whole target sequences: x `[B, T, D]`, memory `[B, S, D]`, memory_mask bool `[B, 1, 1, S]` or None.
+
+        self_mask `[1, H, T, T]`: a causal bias, as RelativeBias makes it; None attends causally without one.
+        """
+        x = self._residual(
+            x, self.self_attention_norm, lambda h: self.self_attention(h, mask=self_mask, causal=self_mask is None)
+        )
         x = self._residual(x, self.cross_attention_norm, lambda h: self.cross_attention(h, memory, mask=memory_mask))
         return self._residual(x, self.feedforward_norm, self.feedforward)
 

@@ -102,6 +102,21 @@ def test_one_token_at_a_time_equals_the_whole(attention: Attention) -> None:
         close(attention.output(heads), whole[:, step])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_own_inner_width_scale_and_position_bias(packed: bool) -> None:
+    """T5's form: three heads of 12 in a width of 32, scores unscaled, a bias for every head."""
+    torch.manual_seed(0)
+    attention = Attention(D, 3, head_dim=12, scale=1.0, bias=False).eval()
+    x, bias = torch.randn(B, T, D), torch.randn(1, 3, T, T)
+    query, key, value = (t.view(B, T, 3, 12).transpose(1, 2) for t in attention.project(x))
+    weights = (query @ key.transpose(2, 3) + bias).softmax(dim=-1)
+    expected = attention.out((weights @ value).transpose(1, 2).reshape(B, T, 36))
+    if packed:
+        attention.pack(cross=False)
+    close(attention(x, mask=bias), expected)
+
+
 def test_packed_attention_is_dropped_by_unpack_and_trains() -> None:
     torch.manual_seed(0)
     attention = Attention(D, H)

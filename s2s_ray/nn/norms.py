@@ -1,0 +1,21 @@
+"""Norms that torch lacks in the form the families compute."""
+
+import torch
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """T5's norm: scales by the root mean square (in fp32) and a learned weight; subtracts no mean, adds no bias.
+
+    The result has the weight's dtype and is rounded to it before the weight is applied; torch's own rounds once, after.
+    """
+
+    def __init__(self, hidden_dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., D]` to `[..., D]`."""
+        variance = x.float().square().mean(-1, keepdim=True)
+        return self.weight * (x * torch.rsqrt(variance + self.eps)).to(self.weight.dtype)

@@ -1,0 +1,168 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSeq2SeqLM, T5Config
+
+from s2s_ray.errors import PresetError, PresetIntegrityError, UnsupportedModelError
+from s2s_ray.models.backbone import Backbone
+from s2s_ray.models.loading import build_backbone
+from s2s_ray.models.t5 import T5Backbone
+from s2s_ray.text.tokenizer import read_json_object
+from tests.models.contract import check_family, reference_model
+
+# Buckets this few and near reach the last one within the contract's lengths.
+SIZES = {
+    "vocab_size": 211,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "decoder_start_token_id": 0,
+}
+T5_1_1 = {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}
+
+
+def config(**changes: Any) -> T5Config:
+    return T5Config(**(SIZES | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="t5-1.0"),
+        pytest.param(T5_1_1, id="t5-1.1"),
+        pytest.param({"num_layers": 3, "num_decoder_layers": 1}, id="unequal-depths"),
+        pytest.param({"num_heads": 3, "d_kv": 12, "feed_forward_proj": "gated-silu"}, id="inner-width-36-of-32"),
+        pytest.param({"decoder_start_token_id": 7, "feed_forward_proj": "gelu"}, id="other-start-token"),
+    ],
+)
+def test_t5_is_transformers_t5(changes: dict[str, Any], tmp_path: Path) -> None:
+    check_family(config(**changes), tmp_path)
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """T5 1.1 with a head that differs from the embedding, as transformers 4 writes it."""
+    directory = tmp_path_factory.mktemp("t5")
+    reference_model(config(**T5_1_1)).save_pretrained(directory)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = torch.randn(211, 32, generator=torch.Generator().manual_seed(3))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def rewritten(preset: Path, tmp_path: Path, change: Callable[[Tensors], Any], **config: Any) -> Backbone:
+    """The preset with its tensors changed, loaded by us."""
+    tensors = load_file(preset / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return build_backbone(T5Backbone, read_json_object(preset / "config.json") | config, tmp_path).eval()
+
+
+def batch(vocabulary: int = 211) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {
+        "encoder_token_ids": torch.randint(2, vocabulary, (3, 40), generator=generator),
+        "encoder_padding_mask": torch.arange(40) < torch.tensor([40, 21, 3])[:, None],
+        "decoder_token_ids": torch.randint(2, vocabulary, (3, 30), generator=generator),
+    }
+
+
+@torch.no_grad()
+def theirs(directory: Path, x: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+    model = AutoModelForSeq2SeqLM.from_pretrained(directory, **options).eval()
+    return model(
+        input_ids=x["encoder_token_ids"],
+        attention_mask=x["encoder_padding_mask"],
+        decoder_input_ids=x["decoder_token_ids"],
+    ).logits
+
+
+@torch.no_grad()
+def test_a_head_of_its_own(preset: Path, tmp_path: Path) -> None:
+    """Both ways of saying it: transformers 4's flag, and what transformers 5 writes for the same model."""
+    x = batch()
+    expected = theirs(preset, x)
+    for flag, scale in ((False, None), (True, False)):
+        written = {"tie_word_embeddings": flag, "scale_decoder_outputs": scale}
+        ours = rewritten(preset, tmp_path, lambda tensors: None, **written)
+        assert (ours(x) - expected).abs().max() <= 1e-4
+        assert ours.config["tie_word_embeddings"] is False  # how transformers 4 must be told
+        assert ours.config["scale_decoder_outputs"] is False
+
+
+@torch.no_grad()
+def test_an_unscaled_head_that_the_file_lacks_is_the_embedding(preset: Path, tmp_path: Path) -> None:
+    ours = rewritten(preset, tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    weights = ours.state_dict()
+    assert torch.equal(weights["lm_head.weight"], weights["token_embedding.weight"])
+
+
+@torch.no_grad()
+def test_decoder_embeddings_in_place_of_shared_ones(preset: Path, tmp_path: Path) -> None:
+    """MADLAD-400's layout."""
+    x = batch()
+
+    def moved(tensors: Tensors) -> None:
+        tensors["decoder.embed_tokens.weight"] = tensors.pop("shared.weight")
+
+    assert (rewritten(preset, tmp_path, moved)(x) - theirs(preset, x)).abs().max() <= 1e-4
+
+
+def test_the_unused_bias_of_old_files_is_ignored(preset: Path, tmp_path: Path) -> None:
+    name = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    rewritten(preset, tmp_path, lambda tensors: tensors.update({name: torch.zeros(8, 4)}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["decoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight", "encoder.block.0.layer.1.stranger"],
+)
+def test_an_extra_tensor_is_named(name: str, preset: Path, tmp_path: Path) -> None:
+    with pytest.raises(PresetIntegrityError, match=f"nothing in the model takes {name}"):
+        rewritten(preset, tmp_path, lambda tensors: tensors.update({name: torch.zeros(8, 4)}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        "encoder.block.1.layer.1.DenseReluDense.wi_0.weight",
+        "decoder.block.1.layer.2.DenseReluDense.wi_1.weight",
+        "decoder.block.0.layer.1.layer_norm.weight",
+        "decoder.final_layer_norm.weight",
+    ],
+)
+def test_a_missing_tensor_is_named(name: str, preset: Path, tmp_path: Path) -> None:
+    with pytest.raises(PresetIntegrityError, match=f"must hold {name}; it is missing"):
+        rewritten(preset, tmp_path, lambda tensors: tensors.pop(name))
+
+
+def test_a_tied_head_that_differs_is_refused(preset: Path, tmp_path: Path) -> None:
+    with pytest.raises(PresetIntegrityError, match=r"ties shared\.weight and lm_head\.weight, but the two differ"):
+        rewritten(preset, tmp_path, lambda tensors: None, tie_word_embeddings=True, scale_decoder_outputs=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"d_kv": 0}, PresetError, "d_kv must be a whole number"),
+        ({"num_decoder_layers": 1.5}, PresetError, "num_decoder_layers must be a whole number"),
+        ({"feed_forward_proj": "glued-gelu"}, PresetError, 'an activation or "gated-" and one'),
+        ({"feed_forward_proj": "gated-mish"}, UnsupportedModelError, "feed_forward_proj must be one of"),
+        ({"relative_attention_max_distance": 4}, PresetError, "relative_attention_num_buckets must be at least 4"),
+    ],
+)
+def test_config_values_are_checked(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        build_backbone(T5Backbone, config().to_dict() | change, None)
