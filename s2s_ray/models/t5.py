@@ -22,8 +22,6 @@ from s2s_ray.nn.layers import DecoderLayer, EncoderLayer, LayerShape
 from s2s_ray.nn.positions import RelativeBias
 from s2s_ray.seq2seq_lm import Seq2SeqLM
 
-_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-
 
 class T5Backbone(Backbone):
     """The T5 network. config: the keys of Hugging Face's `config.json` for `model_type` "t5"."""
@@ -49,8 +47,8 @@ class T5Backbone(Backbone):
         (".down.", ".wo."),
     )
     checkpoint_aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "shared.weight": (*_EMBEDDINGS[1:], "lm_head.weight"),
-        "lm_head.weight": _EMBEDDINGS,  # files that were saved with a shared head hold it once
+        "shared.weight": ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
+        "lm_head.weight": ("shared.weight",),  # in files that were saved with a shared head
     }
     # The first files hold a bias for cross-attention, which the model never had.
     checkpoint_ignored = frozenset({"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"})

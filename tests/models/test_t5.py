@@ -12,7 +12,7 @@ from s2s_ray.models.backbone import Backbone
 from s2s_ray.models.loading import build_backbone
 from s2s_ray.models.t5 import T5Backbone
 from s2s_ray.text.tokenizer import read_json_object
-from tests.models.contract import check_family, reference_model
+from tests.models.contract import check_family, check_files, reference_model
 
 # Buckets this few and near reach the last one within the contract's lengths.
 SIZES = {
@@ -25,6 +25,7 @@ SIZES = {
     "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 16,
     "decoder_start_token_id": 0,
+    "bos_token_id": None,
 }
 T5_1_1 = {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}
 
@@ -33,18 +34,36 @@ def config(**changes: Any) -> T5Config:
     return T5Config(**(SIZES | changes))
 
 
+def lively(model: Any) -> None:
+    """A random T5 repeats its last token, as its embeddings outweigh what the layers add; make position and attention
+    count, and give an unscaled model the head of its own that released ones have.
+    """
+    with torch.no_grad():
+        model.shared.weight *= 0.1
+        for name, parameter in model.named_parameters():
+            if name.endswith(("relative_attention_bias.weight", "Attention.q.weight")):
+                parameter *= 6
+        if not getattr(model.config, "scale_decoder_outputs", False):
+            model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "stop_bias"),
     [
-        pytest.param({}, id="t5-1.0"),
-        pytest.param(T5_1_1, id="t5-1.1"),
-        pytest.param({"num_layers": 3, "num_decoder_layers": 1}, id="unequal-depths"),
-        pytest.param({"num_heads": 3, "d_kv": 12, "feed_forward_proj": "gated-silu"}, id="inner-width-36-of-32"),
-        pytest.param({"decoder_start_token_id": 7, "feed_forward_proj": "gelu"}, id="other-start-token"),
+        pytest.param({}, 0.0, id="t5-1.0"),
+        pytest.param(T5_1_1, 2.0, id="t5-1.1"),
+        pytest.param({"num_layers": 3, "num_decoder_layers": 1}, 2.0, id="unequal-depths"),
+        pytest.param({"num_heads": 3, "d_kv": 12, "feed_forward_proj": "gated-silu"}, 2.0, id="inner-width-36-of-32"),
+        pytest.param({"decoder_start_token_id": 7, "feed_forward_proj": "gelu"}, 2.0, id="other-start-token"),
     ],
 )
-def test_t5_is_transformers_t5(changes: dict[str, Any], tmp_path: Path) -> None:
-    check_family(config(**changes), tmp_path)
+def test_t5_is_transformers_t5(changes: dict[str, Any], stop_bias: float, tmp_path: Path) -> None:
+    check_family(config(**changes), tmp_path, stop_bias=stop_bias, adjust=lively)
+
+
+@pytest.mark.parametrize("changes", [{}, T5_1_1], ids=["tied", "own-head"])
+def test_every_tensor_of_a_file_counts(changes: dict[str, Any], tmp_path: Path) -> None:
+    check_files(config(**changes, num_layers=1), tmp_path, adjust=lively)
 
 
 Tensors = dict[str, torch.Tensor]
@@ -52,12 +71,9 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """T5 1.1 with a head that differs from the embedding, as transformers 4 writes it."""
+    """T5 1.1 with a head that differs from the embedding."""
     directory = tmp_path_factory.mktemp("t5")
-    reference_model(config(**T5_1_1)).save_pretrained(directory)
-    tensors = load_file(directory / "model.safetensors")
-    tensors["lm_head.weight"] = torch.randn(211, 32, generator=torch.Generator().manual_seed(3))
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    reference_model(config(**T5_1_1), adjust=lively).save_pretrained(directory)
     return directory
 
 

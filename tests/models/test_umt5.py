@@ -6,7 +6,7 @@ from transformers import UMT5Config
 
 from s2s_ray.models.umt5 import UMT5Backbone
 from tests.models.contract import check_family
-from tests.models.test_t5 import SIZES
+from tests.models.test_t5 import SIZES, lively
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from tests.models.test_t5 import SIZES
     ],
 )
 def test_umt5_is_transformers_umt5(changes: dict[str, Any], tmp_path: Path) -> None:
-    check_family(UMT5Config(**(SIZES | changes)), tmp_path)
+    check_family(UMT5Config(**(SIZES | changes)), tmp_path, stop_bias=2.0, adjust=lively)
 
 
 @pytest.mark.parametrize(
