@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2s_ray.errors import PresetError, PresetIntegrityError, UnsupportedModelError
-from s2s_ray.presets import cache, handles, huggingface
+from s2s_ray.errors import PresetError, PresetIntegrityError
+from s2s_ray.presets import cache, handles, huggingface, kaggle, keras
 from s2s_ray.presets.handles import Handle, HandleKind
 from s2s_ray.presets.manifest import verified_manifest
+from s2s_ray.presets.public import PUBLIC
 from s2s_ray.presets.store import PresetStore
 from s2s_ray.storage import Location
 
@@ -17,28 +18,6 @@ __all__ = ["DEFAULT_SUMMARIZER", "PresetStore", "ResolvedPreset", "builtin_names
 
 DEFAULT_SUMMARIZER = "debian_summarizer_en"
 BUILTIN_DIRECTORY = Path(__file__).parent / "builtin"
-
-# KerasHub's names for BART and the repositories that hold the same weights.
-_PUBLIC: dict[str, dict[str, Any]] = {
-    "bart_base_en": {
-        "description": "BART base: 6+6 layers, case kept, pre-trained on English text. For fine-tuning.",
-        "params": 139_417_344,
-        "path": "bart",
-        "handle": "hf://facebook/bart-base",
-    },
-    "bart_large_en": {
-        "description": "BART large: 12+12 layers, case kept, pre-trained on English text. For fine-tuning.",
-        "params": 406_287_360,
-        "path": "bart",
-        "handle": "hf://facebook/bart-large",
-    },
-    "bart_large_en_cnn": {
-        "description": "BART large fine-tuned to summarise news (CNN and Daily Mail).",
-        "params": 406_287_360,
-        "path": "bart",
-        "handle": "hf://facebook/bart-large-cnn",
-    },
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +36,15 @@ def builtin_names() -> dict[str, dict[str, Any]]:
         for path in sorted(BUILTIN_DIRECTORY.iterdir() if BUILTIN_DIRECTORY.is_dir() else ())
         if (path / "config.json").is_file()
     }
-    return {**shipped, **{name: dict(metadata) for name, metadata in _PUBLIC.items()}}
+    return {**shipped, **{name: dict(metadata) for name, metadata in PUBLIC.items()}}
 
 
 def resolve(handle: str | os.PathLike[str], *, expected_digest: str | None = None) -> ResolvedPreset:
     """A local directory, verified against its manifest if it has one. Handles: see handles.py.
 
     Every call reads and hashes all files of the preset; call it once per process. With `expected_digest` anything else
-    raises PresetIntegrityError. Raises PresetError for what names no preset, UnsupportedModelError for kaggle://.
+    raises PresetIntegrityError. A KerasHub directory is converted into the node's cache. Raises PresetError for what
+    names no preset, UnsupportedModelError for what cannot be converted.
     """
     parsed = handles.parse(handle)
     directory, digest = _locate(parsed, expected_digest)
@@ -78,20 +58,18 @@ def _locate(handle: Handle, expected_digest: str | None) -> tuple[Path, str]:
         case HandleKind.NAME:
             return _locate_name(handle.target, expected_digest)
         case HandleKind.HUGGINGFACE:
-            directory = huggingface.download(handle.target, handle.version)
-            return directory, verified_manifest(directory, allow_links=True).digest
+            return _local(huggingface.download(handle.target, handle.version), allow_links=True)
+        case HandleKind.KAGGLE:
+            return _local(kaggle.download(handle.target))
         case HandleKind.STORE:
             version = f"@{handle.version}" if handle.version else ""
             return PresetStore(handle.store or "").fetch(handle.target + version)
-        case HandleKind.KAGGLE:
-            raise UnsupportedModelError(
-                f"kaggle:// presets are not read yet. Received: {handle.target}. Use the model's hf:// repository; "
-                f"of the built-in names: {', '.join(builtin_names())}"
-            )
     location = Location.parse(handle.target)
-    if not location.is_local:
-        return cache.fetch(location, expected_digest)
-    return _local(Path(location.path))
+    if location.is_local:
+        return _local(Path(location.path))
+    if expected_digest is not None and (found := cache.cached(expected_digest)):
+        return found, expected_digest
+    return keras.resolve(location) if keras.is_keras(location) else cache.fetch(location, expected_digest)
 
 
 def _locate_name(name: str, expected_digest: str | None) -> tuple[Path, str]:
@@ -114,11 +92,14 @@ def _locate_name(name: str, expected_digest: str | None) -> tuple[Path, str]:
     )
 
 
-def _local(directory: Path) -> tuple[Path, str]:
+def _local(directory: Path, *, allow_links: bool = False) -> tuple[Path, str]:
     if not (directory / "config.json").is_file():
         what = "a directory without config.json" if directory.is_dir() else "no directory"
         raise PresetError(f"a preset must be a directory that holds config.json. Received: {directory}, {what}")
-    return directory, verified_manifest(directory).digest
+    location = Location.parse(directory)
+    if keras.is_keras(location):
+        return keras.resolve(location)
+    return directory, verified_manifest(directory, allow_links=allow_links).digest
 
 
 def _description(directory: Path) -> str:

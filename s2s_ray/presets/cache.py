@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from s2s_ray.errors import InfrastructureError, PresetError, PresetIntegrityError, S2SRayError
@@ -40,8 +40,8 @@ def fetch(source: Location, expected_digest: str | None = None) -> tuple[Path, s
     key is what the listing says (names, sizes, etags), and the copy gets a manifest of its own.
     Raises PresetError when there is no preset, PresetIntegrityError when it is not what its manifest says.
     """
-    if expected_digest is not None and (cached := _cached(expected_digest)):
-        return cached, expected_digest
+    if expected_digest is not None and (found := cached(expected_digest)):
+        return found, expected_digest
     with _storage_errors(source):
         manifest = _remote_manifest(source)
         if manifest is None:
@@ -57,9 +57,9 @@ def fetch(source: Location, expected_digest: str | None = None) -> tuple[Path, s
 
 def _fetch_sealed(source: Location, manifest: Manifest) -> Path:
     with _lock(manifest.digest):
-        if cached := _cached(manifest.digest):
-            return cached
-        with _temporary_directory() as temporary:
+        if found := cached(manifest.digest):
+            return found
+        with temporary_directory() as temporary:
             for entry in manifest.files:
                 _download(source, entry.name, temporary)
             return _install(temporary, manifest)
@@ -70,19 +70,30 @@ def _fetch_unsealed(source: Location) -> Path:
     if "config.json" not in names:
         raise PresetError(f"a preset must hold config.json. Received: {source}, which holds {names[:10]}")
     listing = _listing(source, names)
-    key = sha256_bytes(canonical_json([source.url, listing]))
+
+    def download(directory: Path) -> None:
+        for name in names:
+            _download(source, name, directory)
+        if _listing(source, names) != listing:
+            raise InfrastructureError(f"{source} was changed while it was read; try again")
+
+    return made_once(sha256_bytes(canonical_json([source.url, listing])), download)[0]
+
+
+def made_once(key: str, make: Callable[[Path], None]) -> tuple[Path, str]:
+    """(directory, digest) of the preset that `make` writes into an empty directory; once per node for each key.
+
+    `key`, a digest, must say all that the result depends on.
+    """
     pointer = Location.parse(cache_directory() / "listings" / key)
     with _lock(key):
-        if pointer.exists() and (cached := _cached(pointer.read_bytes(64).decode())):
-            return cached
-        with _temporary_directory() as temporary:
-            for name in names:
-                _download(source, name, temporary)
-            if _listing(source, names) != listing:
-                raise InfrastructureError(f"{source} was changed while it was read; try again")
+        if pointer.exists() and (found := cached(pointer.read_bytes(64).decode())):
+            return found, found.name
+        with temporary_directory() as temporary:
+            make(temporary)
             directory = _install(temporary, Manifest.of_directory(temporary))
         pointer.write_atomic(directory.name.encode())
-    return directory
+    return directory, directory.name
 
 
 def _listing(source: Location, names: list[str]) -> list[list[str]]:
@@ -109,7 +120,7 @@ def _entry(digest: str) -> Path:
     return cache_directory() / "presets" / digest
 
 
-def _cached(digest: str) -> Path | None:
+def cached(digest: str) -> Path | None:
     """The verified copy on this node. A damaged one is moved out of the way, to be fetched again."""
     entry = _entry(digest)
     if not entry.is_dir():
@@ -143,7 +154,7 @@ def _install(temporary: Path, manifest: Manifest) -> Path:
     try:
         temporary.rename(entry)
     except OSError:
-        if _cached(manifest.digest) is None:
+        if cached(manifest.digest) is None:
             raise
     return entry
 
@@ -166,7 +177,7 @@ def _temporary_path() -> Path:
 
 
 @contextlib.contextmanager
-def _temporary_directory() -> Iterator[Path]:
+def temporary_directory() -> Iterator[Path]:
     """A fresh directory, removed unless renamed; what killed processes left behind is removed after a day."""
     temporary = _temporary_path()
     temporary.mkdir(parents=True)

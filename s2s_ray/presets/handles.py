@@ -6,7 +6,7 @@ hf://facebook/bart-base@main    a Hugging Face repository, optionally at a branc
 s3://bucket/presets/my_preset   a directory on any fsspec filesystem (gs://, memory://, file:// ...)
 summarizer@3                    version 3 of a preset in the store that S2S_RAY_STORE names
 s3://bucket/store/summarizer@3  the same with the store spelled out; instead of 3 also a 64-digit digest
-kaggle://...                    recognised; `resolve` says what to do instead
+kaggle://keras/bart/keras/bart_base_en/3   a Kaggle model: org, model, framework, variation, optionally a version
 """
 
 import os
@@ -27,7 +27,7 @@ _HUB = re.compile(
     r"hf://(?P<repository>[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95})"
     r"(@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{0,127}))?"
 )
-_KAGGLE = re.compile(r"kaggle://[A-Za-z0-9_-]+(/[A-Za-z0-9][A-Za-z0-9._-]*){1,4}")
+_KAGGLE = re.compile(r"kaggle://(?P<model>[A-Za-z0-9_-]+(/[A-Za-z0-9][A-Za-z0-9._-]{0,95}){3}(/[1-9][0-9]{0,7})?)")
 
 
 class HandleKind(StrEnum):
@@ -49,7 +49,7 @@ class Handle:
 
     def __str__(self) -> str:
         version = f"@{self.version}" if self.version else ""
-        scheme = "hf://" if self.kind is HandleKind.HUGGINGFACE else ""
+        scheme = {HandleKind.HUGGINGFACE: "hf://", HandleKind.KAGGLE: "kaggle://"}.get(self.kind, "")
         store = f"{self.store.rstrip('/')}/" if self.store else ""
         return f"{scheme}{store}{self.target}{version}"
 
@@ -66,9 +66,12 @@ def parse(handle: str | os.PathLike[str]) -> Handle:
             raise PresetError(f"a Hugging Face preset must be hf://org/name[@revision]. Received: {handle!r}")
         return Handle(HandleKind.HUGGINGFACE, match["repository"], match["revision"])
     if handle.startswith("kaggle://"):
-        if _KAGGLE.fullmatch(handle) is None:
-            raise PresetError(f"a Kaggle preset must be kaggle://org/model/framework/name. Received: {handle!r}")
-        return Handle(HandleKind.KAGGLE, handle)
+        match = _KAGGLE.fullmatch(handle)
+        if match is None:
+            raise PresetError(
+                f"a Kaggle preset must be kaggle://org/model/framework/variation[/version]. Received: {handle!r}"
+            )
+        return Handle(HandleKind.KAGGLE, match["model"])
     parent, _, last = handle.rpartition("/")
     if stored := _STORED.fullmatch(last):
         return Handle(HandleKind.STORE, stored["name"], stored["version"], _store(parent, handle))

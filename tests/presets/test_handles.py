@@ -24,7 +24,7 @@ DIGEST = "0123456789abcdef" * 4
         ("hf://org/na.me@refs/pr-1", Handle(HandleKind.HUGGINGFACE, "org/na.me", "refs/pr-1")),
         (
             "kaggle://keras/bart/keras/bart_base_en/3",
-            Handle(HandleKind.KAGGLE, "kaggle://keras/bart/keras/bart_base_en/3"),
+            Handle(HandleKind.KAGGLE, "keras/bart/keras/bart_base_en/3"),
         ),
         ("/store/p@3", Handle(HandleKind.STORE, "p", "3", "/store")),
         ("/p@3", Handle(HandleKind.STORE, "p", "3", "/")),
@@ -54,6 +54,9 @@ def test_forms(text: str, expected: Handle) -> None:
         "hf://org/name?x=1",
         "kaggle://",
         "kaggle://a",
+        "kaggle://a/b/keras",
+        "kaggle://a/b/keras/c/d",
+        "kaggle://a/b/keras/c/1/d",
         "kaggle://a/../b",
         "kaggle://a/b?x",
         "s3://",

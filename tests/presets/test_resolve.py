@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from s2s_ray import presets
-from s2s_ray.errors import PresetError, PresetIntegrityError, UnsupportedModelError
+from s2s_ray.errors import PresetError, PresetIntegrityError
 from s2s_ray.presets.manifest import Manifest, seal
 from s2s_ray.presets.saving import new_preset
 
@@ -46,8 +46,6 @@ def test_what_is_no_preset(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(PresetError, match=r"config\.json"):
             presets.resolve(path)
-    with pytest.raises(UnsupportedModelError, match="hf://"):
-        presets.resolve("kaggle://keras/bart/keras/bart_base_en/3")
 
 
 def test_every_shipped_preset_is_whole() -> None:
