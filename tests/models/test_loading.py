@@ -67,7 +67,7 @@ def test_names_without_their_first_part_are_known(preset: Path, tmp_path: Path) 
         bare(tensors)
         tensors["decoder.embed_tokens.weight"] = tensors["shared.weight"] + 1
 
-    with pytest.raises(PresetIntegrityError, match="ties shared.weight and decoder.embed_tokens.weight"):
+    with pytest.raises(PresetIntegrityError, match=r"ties shared\.weight and decoder\.embed_tokens\.weight"):
         rewritten(preset, tmp_path, differing)
 
 
