@@ -115,18 +115,16 @@ class Location:
             stat = Path(self.path).stat()
             return f"{stat.st_size}-{stat.st_mtime_ns}"
         with _as_oserror():
-            info = self.fs.info(self.path)
-        for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created"):
-            if info.get(key) is not None:
-                return f"{info['size']}-{str(info[key]).strip(chr(34))}"
-        return str(info["size"])
+            return _identity(self.fs.info(self.path))
 
     def read_bytes(self, limit: int | None = None) -> bytes:
         """The whole file, or its first `limit` bytes."""
         failpoint("read.before")
         with _as_oserror():
             if limit is None:
-                return bytes(self.fs.cat_file(self.path))
+                # Otherwise s3fs asks for the size first, to read large files in parallel: two requests for each record.
+                options = {"max_concurrency": 1} if self.protocol in ("s3", "s3a") else {}
+                return bytes(self.fs.cat_file(self.path, **options))
             with self.open("rb") as stream:
                 return bytes(stream.read(limit))
 
@@ -144,11 +142,17 @@ class Location:
 
     def list_files(self, suffix: str = "") -> "list[Location]":
         """All files below, sorted by path; skips every name below here that starts with "_" or "."."""
+        return [location for location, _ in self.list_identities(suffix)]
+
+    def list_identities(self, suffix: str = "") -> "list[tuple[Location, str | None]]":
+        """As `list_files`, with each file's `identity` where the listing tells it: on an object store."""
+        failpoint("list.before")
         base = self.path.rstrip("/")
         with _as_oserror():
-            found = self.fs.find(self.path)
-        paths = [p for p in found if p.endswith(suffix) and p.rstrip("/") != base]
-        return [self._at(p) for p in sorted(paths) if not _hidden(p[len(base) :])]
+            found: dict[str, Any] = self.fs.find(self.path, detail=True)
+        paths = sorted(p for p in found if p.endswith(suffix) and p.rstrip("/") != base)
+        listed = [p for p in paths if not _hidden(p[len(base) :])]
+        return [(self._at(p), None if self.is_local else _identity(found[p])) for p in listed]
 
     def list_names(self) -> list[str]:
         """Names one level below, sorted; [] where there is no such directory."""
@@ -363,6 +367,13 @@ def _filesystem(scheme: str) -> Any:
         extra = _EXTRAS.get(scheme)
         advice = f"pip install 's2s_ray[{extra}]'" if extra else str(error)
         raise InputError(f"{scheme}:// needs a package that is not installed: {advice}") from error
+
+
+def _identity(info: dict[str, Any]) -> str:
+    for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created"):
+        if info.get(key) is not None:
+            return f"{info['size']}-{str(info[key]).strip(chr(34))}"
+    return str(info["size"])
 
 
 def _strip(scheme: str, rest: str) -> str:

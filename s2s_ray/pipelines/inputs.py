@@ -69,13 +69,13 @@ class Watched(io.RawIOBase):
 
 def find_files(inputs: Sequence[str], output: Location) -> list[InputFile]:
     """The files that `inputs` name: in the order given, sorted within a folder or glob. Raises InputError."""
-    locations: list[Location] = []
+    listed: list[tuple[Location, str | None]] = []
     for text in inputs:
         found = _expand(Location.parse(text))
         if not found:
             raise InputError(f"--input must name Parquet files. Nothing was found at {text}")
-        locations += found
-    urls = [location.url for location in locations]
+        listed += found
+    urls = [location.url for location, _ in listed]
     if len(set(urls)) != len(urls):
         twice = next(url for url in urls if urls.count(url) > 1)
         raise InputError(f"--input must name each file once. Named twice: {twice}")
@@ -83,7 +83,7 @@ def find_files(inputs: Sequence[str], output: Location) -> list[InputFile]:
     if inside:
         raise InputError(f"--output must not hold the input. Received: {output.url}, input {inside[0]}")
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(_stat, locations))
+        return list(pool.map(_stat, listed))
 
 
 def read_footers(files: Sequence[InputFile], skip_bad: bool) -> tuple[list[Footer], dict[str, str]]:
@@ -136,19 +136,20 @@ def new_columns(settings: GenerateSettings) -> list[pa.Field]:
     return [pa.field(settings.summary_column, pa.string()), *(pa.field(name, NEW_COLUMNS[name]) for name in names)]
 
 
-def _expand(location: Location) -> list[Location]:
+def _expand(location: Location) -> list[tuple[Location, str | None]]:
     if retrying(location.is_dir):
-        return retrying(lambda: location.list_files(".parquet"))
+        return retrying(lambda: location.list_identities(".parquet"))
     if retrying(location.exists):
-        return [location]
+        return [(location, None)]
     if not any(char in location.path for char in "*?["):
         return []
     matches = retrying(location.glob)
-    return [f for m in matches for f in (m.list_files(".parquet") if m.is_dir() else [m])]
+    return [file for m in matches for file in (m.list_identities(".parquet") if m.is_dir() else [(m, None)])]
 
 
-def _stat(location: Location) -> InputFile:
-    return InputFile(location.url, retrying(location.identity))
+def _stat(listed: tuple[Location, str | None]) -> InputFile:
+    location, identity = listed
+    return InputFile(location.url, identity or retrying(location.identity))
 
 
 def _read_footer(file: InputFile) -> Footer | str:

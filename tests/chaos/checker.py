@@ -32,10 +32,16 @@ class Verdict:
         return dict(zip(self.table.column("id").to_pylist(), self.table.column("summary").to_pylist(), strict=True))
 
 
-def check(inputs: Sequence[str], output: str, filesystem: pafs.FileSystem | None = None) -> Verdict:
+def check(
+    inputs: Sequence[str],
+    output: str,
+    filesystem: pafs.FileSystem | None = None,
+    output_filesystem: pafs.FileSystem | None = None,
+) -> Verdict:
     """Judge the published output: conservation (I1), order, carried columns, and the manifest's counts."""
-    filesystem = filesystem or pafs.LocalFileSystem()
-    source = pa.concat_tables([pq.read_table(path, filesystem=filesystem) for path in inputs])
+    source_filesystem = filesystem or pafs.LocalFileSystem()
+    filesystem = output_filesystem or source_filesystem
+    source = pa.concat_tables([pq.read_table(path, filesystem=source_filesystem) for path in inputs])
     parts = _parts(output, filesystem)
     tables = [pq.read_table(path, filesystem=filesystem) for path in parts]
     table = pa.concat_tables(tables)

@@ -28,6 +28,7 @@ class LedgerRun:
         self.settings = GenerateSettings(
             input=tuple(inputs), output=output, preset="none", rows_per_unit=rows_per_unit, publish=mode
         )
+        self.inputs = inputs
         self.output = Location.parse(output)
         files = find_files(inputs, self.output)
         footers, skipped = read_footers(files, skip_bad=False)
