@@ -15,9 +15,9 @@ class UMT5Backbone(T5Backbone):
 
     @staticmethod
     def output_form(config: Mapping[str, Any]) -> tuple[bool, bool]:
-        """The flag says whether to rescale, in the version that wrote it: the released weights have it off and are not
-        rescaled by transformers 4, while transformers 5 reads every file as if it were on. No file says whether the
-        head is the embedding, so it always has a weight of its own, a copy where the file holds one tensor.
+        """The flag says whether to rescale, as transformers 4 reads it and 5 writes it (which reads it as always on).
+        Files of 5 do not say whether the head is the embedding, so it has a weight of its own, a copy where the file
+        holds one tensor.
         """
         scaled = config.get("scale_decoder_outputs")
         return bool(config.get("tie_word_embeddings", True) if scaled is None else scaled), True

@@ -35,14 +35,16 @@ def config(**changes: Any) -> T5Config:
 
 
 def lively(model: Any) -> None:
-    """A random T5 repeats its last token, as its embeddings outweigh what the layers add; make position and attention
-    count, and give an unscaled model the head of its own that released ones have.
+    """A random T5 repeats its last token, as its embeddings outweigh what the layers add, and its norms are alike; make
+    position, attention and norms count, and give an unscaled model the head of its own that released ones have.
     """
     with torch.no_grad():
         model.shared.weight *= 0.1
         for name, parameter in model.named_parameters():
             if name.endswith(("relative_attention_bias.weight", "Attention.q.weight")):
                 parameter *= 6
+            if parameter.ndim == 1:
+                parameter.normal_(mean=1, std=0.3)
         if not getattr(model.config, "scale_decoder_outputs", False):
             model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
 
@@ -52,9 +54,10 @@ def lively(model: Any) -> None:
     [
         pytest.param({}, 0.0, id="t5-1.0"),
         pytest.param(T5_1_1, 2.0, id="t5-1.1"),
-        pytest.param({"num_layers": 3, "num_decoder_layers": 1}, 2.0, id="unequal-depths"),
+        pytest.param({**T5_1_1, "vocab_size": 384, "num_layers": 3, "num_decoder_layers": 1}, 2.0, id="byt5"),
         pytest.param({"num_heads": 3, "d_kv": 12, "feed_forward_proj": "gated-silu"}, 2.0, id="inner-width-36-of-32"),
-        pytest.param({"decoder_start_token_id": 7, "feed_forward_proj": "gelu"}, 2.0, id="other-start-token"),
+        pytest.param({**T5_1_1, "pad_token_id": 1, "eos_token_id": 2}, 2.0, id="madlad-start-is-not-pad"),
+        pytest.param({"feed_forward_proj": "gelu", "num_layers": 1}, 0.0, id="plain-gelu"),
     ],
 )
 def test_t5_is_transformers_t5(changes: dict[str, Any], stop_bias: float, tmp_path: Path) -> None:
