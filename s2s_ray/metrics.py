@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from s2s_ray.errors import InputError, SettingsError
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
+CORPUS_METRICS = (*ROUGE_TYPES, "rougeLsum", "bleu", "chrf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,17 @@ def bleu(
 def chrf(predictions: Sequence[str], references: Sequence[str], *, word_order: int = 0, resamples: int = 1000) -> Score:
     """Corpus chrF (chrF++ with word_order=2), from 0 to 100, by sacrebleu with its signature and bootstrap interval."""
     return _sacrebleu("CHRF", predictions, references, resamples, word_order=word_order)
+
+
+def corpus_scores(names: Sequence[str], predictions: Sequence[str], references: Sequence[str]) -> dict[str, Score]:
+    """Each metric by its name in CORPUS_METRICS: ROUGE as `rouge`, from 0 to 1; "bleu" and "chrf" from 0 to 100."""
+    unknown = [name for name in names if name not in CORPUS_METRICS]
+    if unknown:
+        raise SettingsError(f"a metric must be one of {', '.join(CORPUS_METRICS)}. Received: {unknown[0]!r}")
+    types = [name for name in names if name.startswith("rouge")]
+    scores = rouge(predictions, references, types=types) if types else {}
+    scores |= {name: (bleu if name == "bleu" else chrf)(predictions, references) for name in names if name not in types}
+    return {name: scores[name] for name in names}
 
 
 def perplexity(task: Any, x: Any, *, batch_size: int | None = None, batch_tokens: int | None = None) -> float:

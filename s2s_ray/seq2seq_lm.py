@@ -310,9 +310,10 @@ class Seq2SeqLM:
         An existing preset there is replaced; any other non-empty directory raises PresetError.
         """
         with new_preset(Path(preset_dir)) as directory:
-            self._write(directory)
+            self.write_files(directory)
 
-    def _write(self, directory: Path) -> None:
+    def write_files(self, directory: Path) -> None:
+        """Write the files of a preset, all but its manifest, into an empty directory."""
         dtype = str(next(self.backbone.parameters()).dtype).removeprefix("torch.")
         config = {k: v for k, v in self.backbone.config.items() if k not in ("torch_dtype", "transformers_version")}
         (directory / "config.json").write_bytes(_json(config | {"dtype": dtype}))

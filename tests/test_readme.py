@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from s2s_ray import errors, presets
+from s2s_ray.pipelines.finetune_settings import FinetuneSettings
+from s2s_ray.pipelines.flags import fields_of
 from s2s_ray.pipelines.settings import FIELDS
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +89,8 @@ def test_paths_in_backquotes_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_flags_exist(page: Path) -> None:
-    known = {f"--{name.replace('_', '-')}" for name in FIELDS} | {"--config", "--help"}
+    known = {f"--{name.replace('_', '-')}" for name in {**FIELDS, **fields_of(FinetuneSettings)}}
+    known |= {"--config", "--help"}
     known |= {"--working-dir", "--index-url", "--full", "--check"}  # of ray, pip, pytest and ruff
     for line in page.read_text("utf-8").replace("\\\n", " ").splitlines():
         if "python -m " not in line:

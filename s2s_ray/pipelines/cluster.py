@@ -81,7 +81,7 @@ def ray_session(address: str | None) -> Iterator[None]:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InfrastructureError(f"Ray could not be reached at {address}: {_first_line(error)}") from error
+        raise InfrastructureError(f"Ray could not be reached at {address}: {first_line(error)}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler aborts the process
     if not had_token and token.exists():
@@ -120,9 +120,10 @@ def _cause(error: BaseException) -> S2SRayError:
             return next((c for c in (getattr(inner, "cause", None),) if isinstance(c, S2SRayError)), inner)
         seen.add(id(inner))
         inner = getattr(inner, "cause", None) or inner.__cause__
-    return InfrastructureError(f"the cluster failed: {_first_line(error)}")
+    return InfrastructureError(f"the cluster failed: {first_line(error)}")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The line of an error's text that says what happened, which in Ray's is the last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:500]

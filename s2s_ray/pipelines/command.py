@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from s2s_ray import presets
-from s2s_ray.errors import InfrastructureError, S2SRayError
+from s2s_ray.errors import EXIT_OK, InfrastructureError, S2SRayError
 from s2s_ray.pipelines.settings import GenerateSettings, parse
 
 SAMPLE = Path(__file__).parent.parent / "samples" / "package_descriptions"
@@ -35,6 +35,15 @@ def generate(argv: Sequence[str], description: str, defaults: dict[str, Any]) ->
     report = run(parse(argv, description, defaults))
     print(report, flush=True)
     return report.exit_code
+
+
+def finetune(argv: Sequence[str], description: str) -> int:
+    """Parse the flags, train, print the report; returns the exit code."""
+    from s2s_ray.pipelines import finetune_settings
+    from s2s_ray.pipelines.finetune import run
+
+    print(run(finetune_settings.parse(argv, description, {})), flush=True)
+    return EXIT_OK
 
 
 def summarize_defaults(argv: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import dataclasses
 import uuid
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2s_ray import presets
@@ -75,7 +74,7 @@ def prepare(settings: GenerateSettings) -> Prepared:
     Raises InputError, PresetError, PresetIntegrityError or FingerprintError.
     """
     output = Location.parse(settings.output)
-    settings = dataclasses.replace(settings, output=output.url, preset=_absolute(settings.preset))
+    settings = dataclasses.replace(settings, output=output.url, preset=presets.absolute(settings.preset))
     files = find_files(settings.input, output)
     preset = presets.resolve(settings.preset)
     document = planning.document(settings, files, preset.digest)
@@ -171,10 +170,3 @@ def commit_stage(row: dict[str, Any], job: Job) -> dict[str, Any]:
         "error_rows": commit.error_rows,
         "num_tokens": commit.num_tokens,
     }
-
-
-def _absolute(preset: str) -> str:
-    """Workers have working directories of their own, so a local preset goes to them by its full path."""
-    if "://" in preset or preset in presets.builtin_names() or not Path(preset).expanduser().is_dir():
-        return preset
-    return str(Path(preset).expanduser().absolute())

@@ -84,11 +84,11 @@ class Job:
 
     def preprocessor(self) -> Seq2SeqLMPreprocessor:
         """Of the job's preset, from this node's cache; loaded once per process."""
-        return _preprocessor(self.settings.preset, self.preset_digest, self.settings.source_prefix)
+        return load_preprocessor(self.settings.preset, self.preset_digest, self.settings.source_prefix)
 
 
 @lru_cache(maxsize=2)
-def _preprocessor(preset: str, digest: str, source_prefix: str | None) -> Seq2SeqLMPreprocessor:
+def load_preprocessor(preset: str, digest: str, source_prefix: str | None) -> Seq2SeqLMPreprocessor:
     resolved = presets.resolve(preset, expected_digest=digest)
     return Seq2SeqLMPreprocessor.from_directory(resolved.directory, source_prefix=source_prefix)
 
@@ -101,14 +101,14 @@ def read_unit(unit: Unit, job: Job) -> tuple[pa.Table, pa.Table]:
     row = unit.first_row
     for piece in unit.pieces:
         try:
-            table = _read_piece(piece, columns)
+            table = read_piece(piece, columns)
         except S2SRayError:
             raise
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             bad = [EncodedSource(error=RowErrorReason.UNREADABLE, message=brief(error))] * piece.rows
             work.append(_work_table(piece, row, bad, [None] * piece.rows))
         else:
-            texts = _texts(table.column(job.settings.text_column))
+            texts = text_bytes(table.column(job.settings.text_column))
             work.append(_work_table(piece, row, _encode(texts, job), texts))
             carried.append(table.select(job.kept_columns).cast(carried[0].schema))
         row += piece.rows
@@ -159,7 +159,7 @@ def from_ipc(content: bytes) -> pa.Table:
         return reader.read_all()
 
 
-def _read_piece(piece: Piece, columns: list[str]) -> pa.Table:
+def read_piece(piece: Piece, columns: list[str]) -> pa.Table:
     location = Location.parse(piece.file.url)
     try:
         # Nodes may hold copies of a local file with times of their own; there the size must do.
@@ -185,7 +185,7 @@ def _read_piece(piece: Piece, columns: list[str]) -> pa.Table:
     return table
 
 
-def _texts(column: pa.ChunkedArray) -> list[bytes | None]:
+def text_bytes(column: pa.ChunkedArray) -> list[bytes | None]:
     """The text as bytes: Arrow does not check UTF-8 when it reads a string column, so a row's bytes may be no text."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)

@@ -14,7 +14,7 @@ from s2s_ray.presets.public import PUBLIC
 from s2s_ray.presets.store import PresetStore
 from s2s_ray.storage import Location
 
-__all__ = ["DEFAULT_SUMMARIZER", "PresetStore", "ResolvedPreset", "builtin_names", "resolve"]
+__all__ = ["DEFAULT_SUMMARIZER", "PresetStore", "ResolvedPreset", "absolute", "builtin_names", "resolve"]
 
 DEFAULT_SUMMARIZER = "debian_summarizer_en"
 BUILTIN_DIRECTORY = Path(__file__).parent / "builtin"
@@ -37,6 +37,13 @@ def builtin_names() -> dict[str, dict[str, Any]]:
         if (path / "config.json").is_file()
     }
     return {**shipped, **{name: dict(metadata) for name, metadata in PUBLIC.items()}}
+
+
+def absolute(handle: str) -> str:
+    """The handle as it means the same in every working directory: a local directory by its full path."""
+    if "://" in handle or handle in builtin_names() or not Path(handle).expanduser().is_dir():
+        return handle
+    return str(Path(handle).expanduser().absolute())
 
 
 def resolve(handle: str | os.PathLike[str], *, expected_digest: str | None = None) -> ResolvedPreset:

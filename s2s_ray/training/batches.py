@@ -3,8 +3,8 @@
 Dimensions: B rows, S source, T target.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ class Batch:
     `inputs` are the preprocessor's: `encoder_token_ids` int64 `[B, S]`, `encoder_padding_mask` bool `[B, S]`, and
     the same for the decoder, `[B, T]`. labels int64 `[B, T]`, weights fp32 `[B, T]` (0 for padding). `real_tokens` and
     `padded_tokens` count source and target together; `target_weight` is the sum of the weights, known without the
-    device.
+    device. `seed` is what dropout draws from; None leaves torch's generator as it is.
     """
 
     inputs: dict[str, Tensor]
@@ -31,6 +31,18 @@ class Batch:
     real_tokens: int
     padded_tokens: int
     target_weight: float
+    seed: int | None = None
+
+    @classmethod
+    def empty(cls, pad: int) -> "Batch":
+        """One row of padding without weight: for a worker that has no row in a step the others take."""
+        ids, mask = torch.full((1, 1), pad), torch.ones(1, 1, dtype=torch.bool)
+        inputs = {
+            f"{side}_{name}": value
+            for side in ("encoder", "decoder")
+            for name, value in (("token_ids", ids), ("padding_mask", mask))
+        }
+        return cls(inputs, ids, torch.zeros(1, 1), 0, 2, 0.0)
 
     @classmethod
     def from_arrays(cls, x: Mapping[str, Any], y: Any, sample_weight: Any = None) -> "Batch":
@@ -69,15 +81,15 @@ class Batch:
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "Batch":
         """A copy on `device`."""
-        inputs = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.inputs.items()}
-        labels, weights = (t.to(device, non_blocking=non_blocking) for t in (self.labels, self.weights))
-        return Batch(inputs, labels, weights, self.real_tokens, self.padded_tokens, self.target_weight)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin(self) -> "Batch":
         """A copy in page-locked memory, from which a copy to CUDA does not wait."""
-        inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
-        pinned = self.labels.pin_memory(), self.weights.pin_memory()
-        return Batch(inputs, *pinned, self.real_tokens, self.padded_tokens, self.target_weight)
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        inputs = {name: move(tensor) for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=move(self.labels), weights=move(self.weights))
 
 
 class Ragged:
@@ -117,13 +129,26 @@ class Ragged:
         """Rows `start` to `stop`, sharing the memory."""
         return Ragged(self.flat[self.starts[start] : self.starts[stop]], self.lengths[start:stop])
 
-    def pad(self, rows: Sequence[int], width: int, value: int) -> NDArray[np.int64]:
+    def pad(self, rows: Sequence[int] | NDArray[np.int64], width: int, value: int) -> NDArray[np.int64]:
         """The rows as int64 `[len(rows), width]`, filled up with `value`."""
         padded = np.full((len(rows), width), value, dtype=np.int64)
         if len(rows):
             inside = np.arange(width) < self.lengths[np.asarray(rows)][:, None]
             padded[inside] = np.concatenate([self[row] for row in rows])
         return padded
+
+
+class RaggedParts(Ragged):
+    """Several Ragged one after another without a copy, such as files that are mapped into memory. Not sliceable."""
+
+    def __init__(self, parts: Sequence[Ragged]) -> None:
+        self.parts = parts
+        self.lengths = np.concatenate([np.empty(0, np.int64), *(part.lengths for part in parts)])
+        self.first = np.cumsum([0, *(len(part) for part in parts)])
+
+    def __getitem__(self, row: int) -> NDArray[np.int32]:
+        part = int(np.searchsorted(self.first, row, side="right")) - 1
+        return self.parts[part][row - self.first[part]]
 
 
 @dataclass(slots=True)
@@ -148,7 +173,7 @@ class Examples:
             self.sources.slice(start, stop), self.labels.slice(start, stop), self.start, self.pad, self.widths
         )
 
-    def collate(self, rows: Sequence[int], multiple: int = 1) -> Batch:
+    def collate(self, rows: Sequence[int] | NDArray[np.int64], multiple: int = 1) -> Batch:
         """The rows as a padded batch; widths are rounded up to a multiple of `multiple`.
 
         Decoder inputs are the labels moved right behind the start token, as transformers' `shift_tokens_right`.
@@ -167,6 +192,49 @@ class Examples:
         weights = torch.from_numpy(mask.astype(np.float32))
         padded = len(rows) * (width_s + width_t)
         return Batch(inputs, torch.from_numpy(labels), weights, int(s.sum() + t.sum()), padded, float(t.sum()))
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Several inputs of `sizes` rows, one after another, seen in proportion to `weights`.
+
+    An epoch has as many rows as all inputs together. Each input goes round in an order that is new every time, so all
+    of its rows are seen equally often, and with weights in proportion to the sizes each once an epoch.
+    """
+
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.weights) != len(self.sizes) or not all(0 < w < float("inf") for w in self.weights):
+            raise SettingsError(
+                f"the inputs' weights must be {len(self.sizes)} numbers above 0, one an input. Received: {self.weights}"
+            )
+
+    @classmethod
+    def tempered(cls, sizes: Sequence[int], temperature: float) -> "Mixture":
+        """Weights size ** (1 / temperature): 1 is in proportion to the sizes, large values level them (Arivazhagan
+        et al. 2019, arXiv:1907.05019).
+        """
+        return cls(tuple(sizes), tuple(max(size, 1) ** (1 / temperature) for size in sizes))
+
+    def counts(self) -> list[int]:
+        """Rows of each input in an epoch; they sum to all rows."""
+        edges = np.cumsum([0.0, *self.weights]) / sum(self.weights) * sum(self.sizes)
+        return [int(n) if size else 0 for n, size in zip(np.diff(np.round(edges)), self.sizes, strict=True)]
+
+    def rows(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """The rows of an epoch, input after input."""
+        parts, first = [np.empty(0, np.int64)], 0
+        for index, (size, count) in enumerate(zip(self.sizes, self.counts(), strict=True)):
+            place, stop = epoch * count, (epoch + 1) * count
+            while place < stop:
+                turn, start = divmod(place, size)
+                order = np.random.default_rng([seed, index, turn]).permutation(size)
+                parts.append(first + order[start : start + stop - place])
+                place += len(parts[-1])
+            first += size
+        return np.concatenate(parts)
 
 
 @dataclass(slots=True)
@@ -190,6 +258,7 @@ class BatchPlan:
     window_batches: int = 50
     epoch: int = 0
     position: int = 0
+    mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "batch_tokens", "multiple", "window_batches"):
@@ -200,7 +269,9 @@ class BatchPlan:
     def batches(self) -> list[NDArray[np.int64]]:
         """All batches of the current epoch, as row numbers."""
         generator = np.random.default_rng([self.seed, self.epoch])
-        order = generator.permutation(len(self.sources)) if self.shuffle else np.arange(len(self.sources))
+        order = np.arange(len(self.sources)) if self.mixture is None else self.mixture.rows(self.seed, self.epoch)
+        if self.shuffle:
+            order = generator.permutation(order)
         if self.batch_tokens is None:
             return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         mean = float((self.sources + self.targets).mean()) if len(order) else 1.0

@@ -1,10 +1,8 @@
 """`Seq2SeqLM.fit`: epochs over the data, validation, history. The step itself is training/step.py."""
 
 import contextlib
-import queue
-import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
@@ -15,12 +13,12 @@ from s2s_ray.errors import InputError, SettingsError
 from s2s_ray.training.batches import Batch
 from s2s_ray.training.callbacks import Callback
 from s2s_ray.training.compiled import TrainingSetup, check_compiled
+from s2s_ray.training.feed import on_device
 from s2s_ray.training.inputs import DataSettings, InMemory, Preprocessed, Stream, TrainingData, open_data
 from s2s_ray.training.optimizers import OptimizerSettings, build_optimizer
 from s2s_ray.training.progress import Progress, Verbose
 from s2s_ray.training.step import Forward, Precision, Totals, TrainStep
 
-PREFETCHED_BATCHES = 4
 EVALUATION_BATCH_SIZE = 32
 
 
@@ -160,7 +158,7 @@ def _evaluate(
     was_training = task.backbone.training
     task.backbone.eval()
     with torch.no_grad():
-        for batch in _on_device(islice(data.batches(0), steps), device):
+        for batch in on_device(islice(data.batches(0), steps), device):
             forward(batch, totals)
     task.backbone.train(was_training)
     return totals.results()
@@ -264,9 +262,9 @@ class _Trainer:
         """Micro-batches of each optimizer step, on the device."""
         with contextlib.ExitStack() as stack:
             if self.steps_per_epoch is None:
-                batches = stack.enter_context(contextlib.closing(_on_device(self.data.batches(epoch), self.device)))
+                batches = stack.enter_context(contextlib.closing(on_device(self.data.batches(epoch), self.device)))
             else:  # as in Keras, the next epoch goes on where this one stopped
-                self.stream = self.stream or _on_device(self._endless(epoch), self.device)
+                self.stream = self.stream or on_device(self._endless(epoch), self.device)
                 batches = self.stream
             groups = iter(lambda: list(islice(batches, self.accumulation_steps)), [])
             yield from islice(groups, self.steps_per_epoch)
@@ -290,43 +288,6 @@ class _Trainer:
     def _total_steps(self, initial_epoch: int) -> int | None:
         steps = [self._steps(epoch) for epoch in range(initial_epoch, self.epochs)]
         return None if None in steps else sum(s for s in steps if s is not None)
-
-
-def _on_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch]:
-    """The batches on `device`; for CUDA they are made, pinned and copied by a thread while the step before runs."""
-    if device.type != "cuda":
-        for batch in batches:
-            yield batch.to(device)
-        return
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCHED_BATCHES)
-    stop = threading.Event()
-
-    def put(item: Batch | BaseException | None) -> bool:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return True
-        return False
-
-    def produce() -> None:
-        try:
-            for batch in batches:
-                if not put(batch.pin()):
-                    return
-            put(None)
-        except BaseException as error:  # handed to the consumer, which raises it
-            put(error)
-
-    producer = threading.Thread(target=produce, daemon=True)
-    producer.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item.to(device, non_blocking=True)
-    finally:
-        stop.set()
-        producer.join()  # the caller may iterate the same data again
 
 
 def _open_validation(task: Any, given: Any, settings: DataSettings, batch_size: int | None) -> TrainingData:

@@ -126,6 +126,14 @@ def _schedule(built: Optimizer, settings: OptimizerSettings, total_steps: int | 
     return LambdaLR(built, lambda step: learning_rate_factor(settings, step, total))
 
 
+def set_step(optimizer: Optimizer, scheduler: LambdaLR | None, steps: int) -> None:
+    """Put the schedule to where it is after `steps` steps."""
+    if scheduler is not None:
+        scheduler.last_epoch = steps
+        for group, peak, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = peak * factor(steps)
+
+
 def learning_rate_factor(settings: OptimizerSettings, step: int, total_steps: int | None) -> float:
     """The share of the peak learning rate that optimizer step number `step` (from 0) uses."""
     if step < settings.warmup_steps:

@@ -112,8 +112,8 @@ class Forward:
 class TrainStep:
     """Calling it with the micro-batches of one optimizer step trains `model` by that step.
 
-    `global_sum` adds a number over all workers and `world_size` is their number (DistributedDataParallel averages
-    gradients, which is undone here); both are the identity in one process. The loss over k micro-batches, or k
+    `world_size` workers take a step together, each with its own micro-batches and the same `divisor`; their gradients
+    are averaged by DistributedDataParallel or `fully_shard`, which is undone here. The loss over k micro-batches, or k
     workers, is that of one batch that holds all their rows.
     """
 
@@ -127,7 +127,6 @@ class TrainStep:
         scheduler: LRScheduler | None = None,
         clip_norm: float | None = None,
         precision: Precision = "fp32",
-        global_sum: Callable[[float], float] = float,
         world_size: int = 1,
     ) -> None:
         half = sorted({str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype != torch.float32})
@@ -141,18 +140,23 @@ class TrainStep:
         self.scheduler = scheduler
         self.clip_norm = clip_norm
         self.forward = Forward(model, loss or CrossEntropy(), metrics, precision)
-        self.global_sum = global_sum
         self.world_size = world_size
         self.steps = 0
 
-    def __call__(self, batches: Sequence[Batch], totals: Totals) -> None:
-        """Train by one step on micro-batches that are on the model's device; sums go to `totals`."""
-        divisor = self.global_sum(sum(self.forward.divisor(batch) for batch in batches))
+    def __call__(self, batches: Sequence[Batch], totals: Totals, divisor: float | None = None) -> None:
+        """Train by one step on micro-batches that are on the model's device; sums go to `totals`.
+
+        divisor: the real target tokens of this step over all workers; by default those of `batches`.
+        """
+        if divisor is None:
+            divisor = sum(self.forward.divisor(batch) for batch in batches)
         if divisor <= 0:
             raise SettingsError(
                 f"step {self.steps + 1} has no real target token: sample_weight must not be 0 everywhere"
             )
         for number, batch in enumerate(batches, start=1):
+            if batch.seed is not None:
+                torch.manual_seed(batch.seed)
             with self._synchronised(number == len(batches)):
                 loss_sum = self.forward(batch, totals)
                 (loss_sum * (self.world_size / divisor)).backward()

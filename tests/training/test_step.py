@@ -25,9 +25,9 @@ def sgd_step(task: Seq2SeqLM, **options) -> TrainStep:
     return TrainStep(task.backbone, torch.optim.SGD(task.backbone.parameters(), lr=1.0), **options)
 
 
-def trained(task: Seq2SeqLM, batches: list[Batch], **options) -> tuple[float, dict[str, torch.Tensor]]:
+def trained(task: Seq2SeqLM, batches: list[Batch], divisor=None, **options) -> tuple[float, dict[str, torch.Tensor]]:
     totals = Totals()
-    sgd_step(task, **options)(batches, totals)
+    sgd_step(task, **options)(batches, totals, divisor)
     return totals.results()["loss"], {k: v.detach().clone() for k, v in task.backbone.state_dict().items()}
 
 
@@ -71,7 +71,7 @@ def test_workers_that_average_gradients_make_one_big_batch(tiny_bart_dir, exampl
     for shard in shards:  # what each worker adds, with a step of the averaged gradient
         task = Seq2SeqLM.from_preset(tiny_bart_dir)
         start = {k: v.detach().clone() for k, v in task.backbone.state_dict().items()}
-        _, moved = trained(task, [shard], global_sum=lambda _: tokens, world_size=2)
+        _, moved = trained(task, [shard], tokens, world_size=2)
         sides.append({k: moved[k] - start[k] for k in start})
     for name, weight in expected.items():
         averaged = start[name] + (sides[0][name] + sides[1][name]) / 2

@@ -1,0 +1,323 @@
+"""The fine-tuning job: Parquet with pairs of texts in, a preset out, on any number of workers, resumable.
+
+    OUT/preset/         the result: what `from_preset` and jobs/generate.py take
+    OUT/checkpoints/    presets with the trainer's state, see training/checkpoint.py
+    OUT/report.json     figures of the finished run; its presence says that the run is finished
+    OUT/_s2s/           whose output this is, and the tokenised data
+
+The way of a pair: tokens.py (CPU tasks) -> training/steps.py (which step it belongs to) -> training/loop.py in every
+worker of a Ray Train worker group. The loop owns checkpoints and position; Ray Train starts workers, joins them, and
+starts them anew when one is lost.
+"""
+
+import dataclasses
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from s2s_ray import presets
+from s2s_ray.errors import InfrastructureError, S2SRayError, SettingsError
+from s2s_ray.pipelines import plan as planning
+from s2s_ray.pipelines.cluster import first_line, ray_session
+from s2s_ray.pipelines.finetune_report import FinetuneReport, TrainingProgress, make_report
+from s2s_ray.pipelines.finetune_settings import FinetuneSettings
+from s2s_ray.pipelines.inputs import InputFile, find_files
+from s2s_ray.pipelines.lease import Lease
+from s2s_ray.pipelines.ledger import Ledger, check_claim
+from s2s_ray.pipelines.plan import Unit
+from s2s_ray.pipelines.tokens import TokenJob, cut_inputs, read_pairs, tokenise
+from s2s_ray.storage import Location, canonical_json, strict_json
+
+REPORT_FILE = "report.json"
+COLLECTIVE_TIMEOUT_SECONDS = 1800
+Event = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run that was found to be possible; nothing is written yet."""
+
+    settings: FinetuneSettings
+    output: Location
+    units: list[Unit]
+    counts: list[int]  # units of each --input
+    validation_units: list[Unit]
+    document: dict[str, Any]
+    preset_digest: str
+
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(self.output, planning.fingerprint(self.document))
+
+
+def run(settings: FinetuneSettings) -> FinetuneReport:
+    """Train, or go on training, or find it done. Raises an S2SRayError whose exit code is the job's."""
+    prepared = prepare(settings)
+    output, ledger = prepared.output, prepared.ledger
+    if settings.dry_run:
+        return FinetuneReport(output.url, plan=_describe(prepared))
+    report = _finished(output)
+    if report is None:
+        ledger.claim(prepared.document)
+        with Lease(ledger.work):
+            report = _train(prepared)
+            (output / REPORT_FILE).write_atomic(canonical_json(report))
+            (ledger.root / "tokens").delete(recursive=True)
+    published = _publish(output, settings.publish)
+    return make_report(output, report, published)
+
+
+def prepare(settings: FinetuneSettings) -> Prepared:
+    """Find out whether the run is possible, cheapest checks first; no model is loaded.
+
+    Raises InputError, PresetError, PresetIntegrityError, SettingsError or FingerprintError.
+    """
+    output = Location.parse(settings.output)
+    settings = dataclasses.replace(settings, output=output.url, preset=presets.absolute(settings.preset))
+    find_files(settings.input, output)  # refuses a file that is named twice
+    inputs = [find_files([text], output) for text in settings.input]
+    validation = [find_files(settings.validation_input, output)] if settings.validation_input else []
+    preset = presets.resolve(settings.preset)
+    document = _document(settings, inputs, validation, preset.digest)
+    check_claim(output, document)
+    units, counts = cut_inputs(inputs, settings, "--input")
+    validation_units, _ = cut_inputs(validation, settings, "--validation-input")
+    if settings.publish is not None:
+        _store_and_name(settings.publish)
+    return Prepared(settings, output, units, counts, validation_units, document, preset.digest)
+
+
+def _document(
+    settings: FinetuneSettings,
+    inputs: Sequence[Sequence[InputFile]],
+    validation: Sequence[Sequence[InputFile]],
+    preset_digest: str,
+) -> dict[str, Any]:
+    """Everything that decides what is trained; its canonical JSON is hashed into the fingerprint."""
+    content = {
+        "format": planning.FORMAT_VERSION,
+        "job": "finetune",
+        "input": [[file.url, file.identity] for files in inputs for file in files],
+        "validation_input": [[file.url, file.identity] for files in validation for file in files],
+        "inputs": [len(files) for files in inputs],
+        "preset": preset_digest,
+        **settings.identity(),
+    }
+    result: dict[str, Any] = strict_json(canonical_json(content), "the settings")
+    return result
+
+
+def _finished(output: Location) -> dict[str, Any] | None:
+    try:
+        report: dict[str, Any] = strict_json((output / REPORT_FILE).read_bytes(), REPORT_FILE)
+        return report
+    except FileNotFoundError:
+        return None
+
+
+def _train(prepared: Prepared) -> dict[str, Any]:
+    """Tokenise, train and write the preset; returns the report."""
+    settings = prepared.settings
+    job = TokenJob(settings, prepared.preset_digest, prepared.ledger.root / "tokens")
+    with ray_session(settings.address):
+        data = {"train": tokenise("train", prepared.units, prepared.counts, job)}
+        sample: list[list[str]] = [[], []]
+        if prepared.validation_units:
+            units = prepared.validation_units
+            data["validation"] = tokenise("validation", units, [len(units)], job)
+            if settings.metrics:
+                sample = validation_sample(units, settings)
+        config = {
+            "settings": dataclasses.asdict(settings),
+            "preset_digest": prepared.preset_digest,
+            "tokens": job.directory.url,
+            "data": data,
+            "sample": sample,
+        }
+        run_workers(config, settings, prepared.ledger.root / "ray")
+    return _write_preset(prepared, data)
+
+
+def _write_preset(prepared: Prepared, data: dict[str, Any]) -> dict[str, Any]:
+    from s2s_ray.training import checkpoint as files
+    from s2s_ray.training.evaluation import best_step
+
+    checkpoints = files.Checkpoints(prepared.output / "checkpoints")
+    newest = checkpoints.newest()
+    if newest is None:
+        raise InfrastructureError(f"training ended without a checkpoint in {checkpoints.directory}; run it again")
+    state = files.read_state(checkpoints.fetch(newest))
+    step = best_step(state["evaluations"], prepared.settings.best_metric) or newest
+    files.copy_preset(checkpoints.fetch(step), prepared.output / "preset")
+    return {
+        "fingerprint": prepared.ledger.fingerprint,
+        "document": prepared.document,
+        "steps": newest,
+        "preset_step": step,
+        "best_metric": prepared.settings.best_metric,
+        "data": data,
+        "log": state["log"],
+        "evaluations": state["evaluations"],
+    }
+
+
+def validation_sample(units: Sequence[Unit], settings: FinetuneSettings) -> list[list[str]]:
+    """(sources, references): up to `evaluate_rows` usable pairs, from units spread evenly over the validation data."""
+    wanted = settings.evaluate_rows
+    chosen = units[:: max(1, len(units) // 8)]
+    sources: list[str] = []
+    references: list[str] = []
+    for number, unit in enumerate(chosen, start=1):
+        for texts, targets in read_pairs(unit, settings):
+            for text, target in zip(texts, targets, strict=True):
+                if len(sources) < wanted * number // len(chosen) and _is_text(text) and _is_text(target):
+                    sources.append(text.decode())
+                    references.append(target.decode())
+    return [sources, references]
+
+
+def _is_text(value: bytes | None) -> bool:
+    if value is None or not value.strip():
+        return False
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def run_workers(config: dict[str, Any], settings: FinetuneSettings, storage: Location) -> None:
+    """Train on a Ray Train worker group, and print its progress. Raises the S2SRayError a worker raised."""
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.queue import Queue
+
+    train: Any = ray.train  # its types are still the first version's
+    on_gpu = settings.device == "cuda" or (settings.device is None and ray.cluster_resources().get("GPU", 0) > 0)
+    low, high = settings.worker_range()
+    events = Queue(actor_options={"num_cpus": 0})
+    filesystem, path = storage.filesystem_for_arrow()
+    storage.make_directory()
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={**config, "events": events},
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
+        scaling_config=train.ScalingConfig(
+            num_workers=low if low == high else (low, high),
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if on_gpu else {})},
+        ),
+        run_config=train.RunConfig(
+            name=os.urandom(8).hex(),  # a name that was used makes Ray Train look for checkpoints of its own
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=train.FailureConfig(max_failures=settings.max_failures),
+            logging_config=train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    listener = _Listener(events)
+    try:
+        trainer.fit()
+    except train.TrainingFailedError as error:
+        raise InfrastructureError(f"training failed: {first_line(error)}. Run the same command to go on") from error
+    finally:
+        listener.close()
+        storage.delete(recursive=True)
+    if listener.error is not None:
+        raise listener.error
+
+
+class _Listener:
+    """Prints the workers' events as they come, in a thread; keeps the error one of them ended with."""
+
+    def __init__(self, events: Any) -> None:
+        self.error: S2SRayError | None = None
+        self._events = events
+        self._progress = TrainingProgress()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="s2s_ray progress", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Print what is still there, and end."""
+        self._stop.set()
+        self._thread.join()
+
+    def _listen(self) -> None:
+        from ray.exceptions import RayError
+        from ray.util.queue import Empty
+
+        while True:
+            try:
+                event = self._events.get(timeout=0.5)
+            except Empty:
+                if self._stop.is_set():
+                    return
+                continue
+            except RayError:
+                return
+            if event["kind"] == "error":
+                self.error = event["error"]
+            else:
+                self._progress.show(event)
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What every worker runs. An expected error ends all workers alike, without Ray Train trying again."""
+    from ray import train
+
+    rank = train.get_context().get_world_rank()
+    emit: Callable[[Event], None] = config["events"].put
+    try:
+        train_on_worker(config, emit)
+    except S2SRayError as error:
+        if isinstance(error, InfrastructureError):
+            raise
+        if rank == 0:
+            emit({"kind": "error", "error": error})
+
+
+def train_on_worker(config: dict[str, Any], emit: Callable[[Event], None]) -> None:
+    """Build this worker's part of the run and train. Needs Ray Train only for the device and the place on the node."""
+    import torch
+    from ray import train
+    from ray.train.torch import get_device
+
+    from s2s_ray.pipelines import finetune_worker as worker
+
+    settings = FinetuneSettings(**config["settings"])
+    device = get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
+    worker.train(config, settings, device, train.get_context().get_local_rank(), emit)
+
+
+def _describe(prepared: Prepared) -> tuple[str, ...]:
+    settings = prepared.settings
+    rows = sum(unit.rows for unit in prepared.units)
+    passes = max(1, settings.batch_tokens // settings.micro_batch_tokens)
+    return (
+        f"{rows} pairs of {len(settings.input)} inputs, {sum(u.rows for u in prepared.validation_units)} to validate",
+        f"a step: {passes} forward passes of at most {settings.micro_batch_tokens} tokens over {settings.num_workers} "
+        "workers",
+        f"fingerprint {prepared.ledger.fingerprint}; nothing was written",
+    )
+
+
+def _store_and_name(publish: str) -> tuple[str, str]:
+    store, _, name = publish.rstrip("/").rpartition("/")
+    if not store or not presets.handles.PRESET_NAME.fullmatch(name):
+        raise SettingsError(f"--publish must be STORE/NAME, such as s3://bucket/store/my_model. Received: {publish!r}")
+    return store, name
+
+
+def _publish(output: Location, publish: str | None) -> str | None:
+    """Publish the run's preset to a store; returns its handle there."""
+    if publish is None:
+        return None
+    store, name = _store_and_name(publish)
+    directory: Path = presets.resolve((output / "preset").url).directory
+    version = presets.PresetStore(store).publish(directory, name)
+    return f"{Location.parse(store).url}/{version}"

@@ -1,0 +1,158 @@
+"""The fine-tuning job on a real local Ray: trained, hit by a kill, published, and generated from."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import loop_run
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from job_helpers import wait_for
+
+from s2s_ray import Seq2SeqLM
+from s2s_ray.errors import ErrorRateExceededError, FingerprintError, InputError
+from s2s_ray.pipelines import generate
+from s2s_ray.pipelines.finetune import run
+from s2s_ray.pipelines.finetune_settings import FinetuneSettings
+from s2s_ray.pipelines.settings import GenerateSettings
+from s2s_ray.training.distributed import World
+
+ROWS, STEPS = 60, 24
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, english_text: list[str]) -> Path:
+    """Pairs of texts: `train` with one null among them, and `valid`."""
+    directory = tmp_path_factory.mktemp("pairs")
+    texts: list[str | None] = [*english_text[:ROWS]]
+    targets = [" ".join(str(text).split()[: 2 + i % 5]) for i, text in enumerate(texts)]
+    texts[7] = None
+    for name, rows in (("train", slice(0, 50)), ("valid", slice(50, ROWS))):
+        table = pa.table({"text": pa.array(texts[rows], pa.string()), "summary": targets[rows]})
+        pq.write_table(table, directory / f"{name}.parquet", row_group_size=20)
+    return directory
+
+
+@pytest.fixture
+def settings(data: Path, tiny_bart_dir: Path, tmp_path: Path) -> FinetuneSettings:
+    return FinetuneSettings(
+        input=(str(data / "train.parquet"),),
+        validation_input=(str(data / "valid.parquet"),),
+        output=str(tmp_path / "out"),
+        preset=str(tiny_bart_dir),
+        max_source_length=64,
+        max_steps=STEPS,
+        batch_tokens=400,
+        micro_batch_tokens=100,
+        learning_rate=1e-3,
+        log_every=1,
+        checkpoint_every=8,
+        metrics=("rougeL", "bleu"),
+        max_error_rate=0.05,
+        num_workers="2",
+        cpus_per_worker=0.5,
+        publish=str(tmp_path / "store" / "tiny"),
+    )
+
+
+def pairs_of(path: Path, preset: Path) -> list[list[list[int]]]:
+    rows = [row for row in pq.read_table(path).to_pylist() if row["text"] is not None]
+    preprocessor = Seq2SeqLM.from_preset(preset).preprocessor
+    sources, _ = preprocessor.encode_sources([row["text"] for row in rows], 64)
+    return [list(pair) for pair in zip(sources, preprocessor.encode_targets([r["summary"] for r in rows]), strict=True)]
+
+
+def train_workers() -> list[int]:
+    """Pids of the Ray Train workers below this process."""
+    found = []
+    for directory in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if "RayTrainWorker" in (directory / "cmdline").read_text() and os.getpid() in _ancestors(
+                int(directory.name)
+            ):
+                found.append(int(directory.name))
+    return found
+
+
+def _ancestors(pid: int) -> Iterator[int]:
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        yield pid
+
+
+def kill_one_worker(output: Path) -> None:
+    """After the first checkpoint."""
+    with contextlib.suppress(TimeoutError):
+        wait_for(lambda: list(output.glob("checkpoints/step-*/manifest.json")), what="a checkpoint")
+        os.kill(train_workers()[0], signal.SIGKILL)
+
+
+def test_train_kill_publish_generate(
+    settings: FinetuneSettings, data: Path, tiny_bart_dir: Path, tmp_path: Path, local_ray: None, capfd: Any
+) -> None:
+    output = Path(settings.output)
+    killer = threading.Thread(target=kill_one_worker, args=(output,))
+    killer.start()
+    report = run(settings)
+    killer.join()
+    lines = capfd.readouterr().err
+    assert lines.count("2 workers, step") == 2, lines  # the second from the checkpoint on
+    assert (report.steps, report.pairs, report.skipped) == (STEPS, 49, {"NULL_TEXT": 1})
+    saved = json.loads((output / "report.json").read_text())
+
+    spec = {
+        "preset": str(tiny_bart_dir),
+        "checkpoints": str(tmp_path / "reference"),
+        "rows": pairs_of(data / "train.parquet", tiny_bart_dir),
+        "validation": {"examples": pairs_of(data / "valid.parquet", tiny_bart_dir)},
+        "settings": {
+            "optimizer": {
+                "name": "adamw", "learning_rate": 1e-3, "schedule": "linear", "weight_decay": 0.01, "clip_norm": 1.0
+            },
+            "epochs": None, "max_steps": STEPS, "batch_tokens": 400, "micro_batch_tokens": 100,
+            "log_every": 1, "checkpoint_every": 8,
+        },
+    }  # fmt: skip
+    expected = loop_run.run(spec, World(0, 1, torch.device("cpu")))
+    assert [e["loss"] for e in saved["log"]] == pytest.approx([e["loss"] for e in expected.log], rel=1e-5)
+    assert [e["val_loss"] for e in saved["evaluations"]] == pytest.approx(
+        [e["val_loss"] for e in expected.evaluations], rel=1e-5
+    )
+    assert [e["step"] for e in saved["evaluations"]] == [8, 16, 24]
+    assert set(saved["evaluations"][0]["signatures"]) == {"rougeL", "bleu"}
+    assert report.preset_step == expected.best_step() and report.published == f"{tmp_path / 'store'}/tiny@1"
+
+    again = run(dataclasses.replace(settings, num_workers="1"))
+    assert (again.steps, again.published) == (STEPS, report.published)
+    with pytest.raises(FingerprintError, match=r"learning_rate was 0\.001, now 0\.002"):
+        run(dataclasses.replace(settings, learning_rate=0.002))
+
+    answers = generate.run(
+        GenerateSettings(
+            input=(str(data / "valid.parquet"),),
+            output=str(tmp_path / "answers"),
+            preset=report.published,
+            summary_column="answer",
+            max_target_length=8,
+        )
+    )
+    assert (answers.rows, answers.error_rows) == (ROWS - 50, 0)
+
+
+def test_unusable_data_is_refused_before_training(
+    settings: FinetuneSettings, data: Path, tmp_path: Path, local_ray: None
+) -> None:
+    with pytest.raises(InputError, match=r"--summary-column must name one text column of every file of --input"):
+        run(dataclasses.replace(settings, summary_column="target"))
+    with pytest.raises(ErrorRateExceededError, match=r"1 of 50: \{'NULL_TEXT': 1\}"):
+        run(dataclasses.replace(settings, max_error_rate=0.0))
+    plan = str(run(dataclasses.replace(settings, output=str(tmp_path / "dry"), dry_run=True)))
+    assert "50 pairs of 1 inputs, 10 to validate" in plan and not (tmp_path / "dry").exists()
