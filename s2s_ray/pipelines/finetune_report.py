@@ -28,7 +28,7 @@ class TrainingProgress:
     def _line(self, event: Mapping[str, Any]) -> str:
         step = event["step"]
         if event["kind"] == "start":
-            return f"{event['workers']} workers, step {step} of {event['steps']}"
+            return f"{len(event['pids'])} workers, step {step} of {event['steps']}"
         if event["kind"] == "checkpoint":
             return f"step {step}: checkpoint written"
         if event["kind"] == "evaluation":

@@ -160,6 +160,11 @@ def from_ipc(content: bytes) -> pa.Table:
 
 
 def read_piece(piece: Piece, columns: list[str]) -> pa.Table:
+    """These columns of a piece's rows.
+
+    Raises InputError for a file that changed, InfrastructureError where storage fails, pyarrow's errors and ValueError
+    for content that cannot be decoded.
+    """
     location = Location.parse(piece.file.url)
     try:
         # Nodes may hold copies of a local file with times of their own; there the size must do.

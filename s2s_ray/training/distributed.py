@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from s2s_ray.models.backbone import Backbone
+from s2s_ray.nn.positions import RelativeBias
 from s2s_ray.training.batches import Batch
 
 Strategy = Literal["ddp", "fsdp"]
@@ -72,6 +73,9 @@ def distribute(backbone: Backbone, world: World, strategy: Strategy) -> nn.Modul
             backbone, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
     mesh = init_device_mesh(world.device.type, (world.size,))
+    for module in backbone.modules():
+        if isinstance(module, RelativeBias):  # called outside of the layer that holds it
+            fully_shard(module, mesh=mesh)
     for layer in (*backbone.encoder_layers, *backbone.decoder_layers):
         fully_shard(layer, mesh=mesh)
     fully_shard(backbone, mesh=mesh)

@@ -6,6 +6,7 @@ with other workers, continues the same curve.
 
 import contextlib
 import copy
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -111,7 +112,8 @@ class Loop:
 
     def run(self) -> None:
         """Train to the end, or until `patience` runs out; the last checkpoint is then of the last step."""
-        self.emit({"kind": "start", "step": self.start, "steps": self.steps.total_steps, "workers": self.world.size})
+        pids = self.world.gather(os.getpid())
+        self.emit({"kind": "start", "step": self.start, "steps": self.steps.total_steps, "pids": pids})
         if not self._is_over(self.start):
             batches = worker_batches(self.examples, copy.copy(self.steps), self.start, self.world.rank, self.world.size)
             with contextlib.closing(on_device(batches, self.world.device)) as stream:

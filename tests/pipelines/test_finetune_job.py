@@ -1,26 +1,24 @@
 """The fine-tuning job on a real local Ray: trained, hit by a kill, published, and generated from."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import loop_run
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from job_helpers import wait_for
 
 from s2s_ray import Seq2SeqLM
 from s2s_ray.errors import ErrorRateExceededError, FingerprintError, InputError
-from s2s_ray.pipelines import generate
+from s2s_ray.pipelines import finetune, generate
 from s2s_ray.pipelines.finetune import run
+from s2s_ray.pipelines.finetune_report import TrainingProgress
 from s2s_ray.pipelines.finetune_settings import FinetuneSettings
 from s2s_ray.pipelines.settings import GenerateSettings
 from s2s_ray.training.distributed import World
@@ -70,41 +68,31 @@ def pairs_of(path: Path, preset: Path) -> list[list[list[int]]]:
     return [list(pair) for pair in zip(sources, preprocessor.encode_targets([r["summary"] for r in rows]), strict=True)]
 
 
-def train_workers() -> list[int]:
-    """Pids of the Ray Train workers below this process."""
-    found = []
-    for directory in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            if "RayTrainWorker" in (directory / "cmdline").read_text() and os.getpid() in _ancestors(
-                int(directory.name)
-            ):
-                found.append(int(directory.name))
-    return found
+class KillingProgress(TrainingProgress):
+    """Kills a worker once, in the step after the first checkpoint."""
 
+    pids: ClassVar[list[int]] = []
 
-def _ancestors(pid: int) -> Iterator[int]:
-    while pid > 1:
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        yield pid
-
-
-def kill_one_worker(output: Path) -> None:
-    """After the first checkpoint."""
-    with contextlib.suppress(TimeoutError):
-        wait_for(lambda: list(output.glob("checkpoints/step-*/manifest.json")), what="a checkpoint")
-        os.kill(train_workers()[0], signal.SIGKILL)
+    def show(self, event: Mapping[str, Any]) -> None:
+        super().show(event)
+        if event["kind"] == "start":
+            self.pids.append(event["pids"][-1])
+        elif event["step"] == 10 and len(self.pids) == 1:
+            os.kill(self.pids[0], signal.SIGKILL)
 
 
 def test_train_kill_publish_generate(
-    settings: FinetuneSettings, data: Path, tiny_bart_dir: Path, tmp_path: Path, local_ray: None, capfd: Any
+    settings: FinetuneSettings,
+    data: Path,
+    tiny_bart_dir: Path,
+    tmp_path: Path,
+    local_ray: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = Path(settings.output)
-    killer = threading.Thread(target=kill_one_worker, args=(output,))
-    killer.start()
+    monkeypatch.setattr(finetune, "TrainingProgress", KillingProgress)
     report = run(settings)
-    killer.join()
-    lines = capfd.readouterr().err
-    assert lines.count("2 workers, step") == 2, lines  # the second from the checkpoint on
+    assert len(set(KillingProgress.pids)) == 2
     assert (report.steps, report.pairs, report.skipped) == (STEPS, 49, {"NULL_TEXT": 1})
     saved = json.loads((output / "report.json").read_text())
 
