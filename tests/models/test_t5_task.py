@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import SentencePieceUnigramTokenizer
@@ -125,3 +126,5 @@ def test_half_precision_is_transformers(preset: Path, dtype: str) -> None:
             task.backbone.pack()
         found = task.backbone.eval()(x).float()
         assert (found - expected).abs().mean() < 0.5 * rounding
+    _, score = task.generate("say alpha", max_length=8, num_beams=3, return_scores=True)
+    assert np.isfinite(score)

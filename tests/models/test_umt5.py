@@ -13,7 +13,10 @@ from tests.models.test_t5 import SIZES, lively
     "changes",
     [
         pytest.param({"num_layers": 3}, id="bias-in-every-layer"),
-        pytest.param({"num_decoder_layers": 1, "num_heads": 3, "d_kv": 12}, id="unequal-depths"),
+        pytest.param(
+            {"num_decoder_layers": 1, "num_heads": 3, "d_kv": 12, "feed_forward_proj": "gated-silu"},
+            id="inner-width-36-of-32",
+        ),
     ],
 )
 def test_umt5_is_transformers_umt5(changes: dict[str, Any], tmp_path: Path) -> None:
