@@ -91,6 +91,7 @@ def test_paths_in_backquotes_exist(page: Path) -> None:
 def test_flags_exist(page: Path) -> None:
     known = {f"--{name.replace('_', '-')}" for name in {**FIELDS, **fields_of(FinetuneSettings)}}
     known |= {"--config", "--help"}
+    known |= {"--digest", "--version", "--dtype"}  # of jobs/presets.py
     known |= {"--working-dir", "--index-url", "--full", "--check"}  # of ray, pip, pytest and ruff
     for line in page.read_text("utf-8").replace("\\\n", " ").splitlines():
         if "python -m " not in line:

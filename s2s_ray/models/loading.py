@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from s2s_ray.errors import PresetIntegrityError, SettingsError
 from s2s_ray.jsonio import canonical_json
 from s2s_ray.models.backbone import Backbone
-from s2s_ray.presets.weights import WeightFiles
+from s2s_ray.presets.weights import FLOAT_DTYPES, WeightFiles
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHARD_BYTES = 5 * 10**9
+_LAYER_COUNTS = ("encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers")
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
@@ -47,14 +48,31 @@ def build_backbone(
         initialise(backbone, float(config.get("init_std", 0.02)))
         backbone.cast(resolve_dtype(dtype))
         return backbone.to(device=target)
-    with torch.device("meta"):
-        backbone = cls(config)
-    files = WeightFiles.open(directory)
-    sources = _match(backbone, files)
+    backbone, files, sources = _planned(cls, config, directory)
     backbone.cast(resolve_dtype(dtype))
     backbone.to_empty(device=target)
     _fill(backbone, files, sources)
     return backbone
+
+
+def check_weights(cls: type[Backbone], config: Mapping[str, Any], directory: Path) -> None:
+    """Raises PresetIntegrityError unless the weights of `directory` are those that `config` implies."""
+    _planned(cls, config, directory)
+
+
+def _planned(
+    cls: type[Backbone], config: Mapping[str, Any], directory: Path
+) -> tuple[Backbone, WeightFiles, dict[str, str | None]]:
+    """A backbone without memory, and which tensor of the checkpoint each of its tensors takes."""
+    files = WeightFiles.open(directory)
+    for key in _LAYER_COUNTS:  # even without memory a layer takes time
+        if isinstance(layers := config.get(key), int) and layers > len(files.tensors):
+            raise PresetIntegrityError(
+                f"{directory}: config.json: {key} is {layers}, but the weights hold {len(files.tensors)} tensors in all"
+            )
+    with torch.device("meta"):
+        backbone = cls(config)
+    return backbone, files, _match(backbone, files)
 
 
 def initialise(backbone: nn.Module, std: float) -> None:
@@ -81,6 +99,11 @@ def _match(backbone: Backbone, files: WeightFiles) -> dict[str, str | None]:
             wrong = list(files.tensors[found].shape)
             raise PresetIntegrityError(
                 f"{files.directory}: {found} must have shape {list(tensor.shape)}. Received: {wrong}"
+            )
+        if found is not None and files.tensors[found].dtype not in FLOAT_DTYPES:
+            raise PresetIntegrityError(
+                f"{files.directory}: {found} must have one of the dtypes {', '.join(FLOAT_DTYPES)}. "
+                f"Received: {files.tensors[found].dtype}"
             )
         sources[ours] = found
     _check_repeats(backbone, files, sources)

@@ -65,7 +65,7 @@ def _locate(handle: Handle, expected_digest: str | None) -> tuple[Path, str]:
         case HandleKind.NAME:
             return _locate_name(handle.target, expected_digest)
         case HandleKind.HUGGINGFACE:
-            return _local(huggingface.download(handle.target, handle.version), allow_links=True)
+            return _local(huggingface.download(handle.target, handle.version))
         case HandleKind.KAGGLE:
             return _local(kaggle.download(handle.target))
         case HandleKind.STORE:
@@ -99,14 +99,14 @@ def _locate_name(name: str, expected_digest: str | None) -> tuple[Path, str]:
     )
 
 
-def _local(directory: Path, *, allow_links: bool = False) -> tuple[Path, str]:
+def _local(directory: Path) -> tuple[Path, str]:
     if not (directory / "config.json").is_file():
         what = "a directory without config.json" if directory.is_dir() else "no directory"
         raise PresetError(f"a preset must be a directory that holds config.json. Received: {directory}, {what}")
     location = Location.parse(directory)
     if keras.is_keras(location):
         return keras.resolve(location)
-    return directory, verified_manifest(directory, allow_links=allow_links).digest
+    return directory, verified_manifest(directory).digest
 
 
 def _description(directory: Path) -> str:

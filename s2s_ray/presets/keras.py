@@ -17,6 +17,7 @@ from s2s_ray.errors import PresetError, UnsupportedModelError
 from s2s_ray.presets import cache
 from s2s_ray.presets.keras_families import FAMILIES
 from s2s_ray.presets.keras_weights import INDEX_FILE, SHARD, SINGLE_FILE, convert_weights
+from s2s_ray.presets.manifest import refuse_links
 from s2s_ray.storage import Location, canonical_json, sha256_bytes, sha256_file, strict_json
 from s2s_ray.text.tokenizer import read_json_object
 
@@ -52,6 +53,9 @@ def resolve(source: Location) -> tuple[Path, str]:
     names = [name for name in source.list_names() if name in _FILES or SHARD.fullmatch(name)]
     assets = (source / _ASSETS).list_names()
     names += [f"{_ASSETS}/{name}" for name in assets if any(name in files for files in _VOCABULARIES.values())]
+
+    if source.is_local:
+        refuse_links(Path(source.path), names)
 
     def make(target: Path) -> None:
         if source.is_local:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from s2s_ray.errors import PresetError, UnsupportedModelError
 
-_MAX_SIZE = 2**24
+_MAX_SIZE, _MAX_LAYERS = 2**24, 1024
 _T5_CONSTANTS = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
 # "gated-gelu" means the tanh approximation in Hugging Face's T5; Keras' gelu is the exact one.
 _T5_ACTIVATIONS = {"relu": "relu", "gelu": "gelu_python", "gelu_approximate": "gelu_new", "silu": "silu"}
@@ -103,8 +103,9 @@ _T5_FEEDFORWARD: tuple[_Row, ...] = (
 def _size(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = settings.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_SIZE:
-        raise PresetError(f"config.json: {key} must be a whole number from 1 to {_MAX_SIZE}. Received: {value!r}")
+    most = _MAX_LAYERS if key == "num_layers" else _MAX_SIZE
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise PresetError(f"config.json: {key} must be a whole number from 1 to {most}. Received: {value!r}")
     return value
 
 

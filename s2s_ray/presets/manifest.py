@@ -5,7 +5,7 @@ manifest (a Hugging Face one) has the digest its manifest would have.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,12 @@ class Manifest:
 
     @classmethod
     def of_directory(cls, directory: Path) -> "Manifest":
-        """Hash the files a preset may read (`FILE_SUFFIXES`, top level, not hidden); others are not part of it."""
+        """Hash the files a preset may read (`FILE_SUFFIXES`, top level, not hidden); others are not part of it.
+
+        Raises PresetIntegrityError for links that lead out of the directory.
+        """
         names = sorted(p.name for p in directory.iterdir() if is_preset_file(p.name) and p.is_file())
+        refuse_links(directory, names)
         return cls(tuple(FileEntry(n, (directory / n).stat().st_size, sha256_file(directory / n)) for n in names))
 
     @classmethod
@@ -74,11 +78,8 @@ class Manifest:
         """Hexadecimal SHA-256 of the canonical manifest: the identity of the preset."""
         return sha256_bytes(self.to_bytes())
 
-    def verify(self, directory: Path, *, allow_links: bool = False) -> None:
-        """Raises PresetIntegrityError unless `directory` holds these files and no others, byte for byte.
-
-        Links are refused (what they name may change) except where the caller knows their maker, as in the hub's cache.
-        """
+    def verify(self, directory: Path) -> None:
+        """Raises PresetIntegrityError unless `directory` holds these files and no others, byte for byte."""
         present = {path.name for path in directory.iterdir()} - {MANIFEST_FILE}
         expected = {entry.name for entry in self.files}
         if present != expected:
@@ -86,13 +87,14 @@ class Manifest:
                 f"{directory} must hold what its manifest names. Missing: {sorted(expected - present)}; "
                 f"not in the manifest: {sorted(present - expected)}. Fetch or publish the preset again"
             )
+        refuse_links(directory, expected)
         for entry in self.files:
-            self._verify_file(directory / entry.name, entry, allow_links)
+            self._verify_file(directory / entry.name, entry)
 
     @staticmethod
-    def _verify_file(path: Path, entry: FileEntry, allow_links: bool) -> None:
-        if not path.is_file() or (path.is_symlink() and not allow_links):
-            raise PresetIntegrityError(f"{path} must be a plain file. Received: a link or directory")
+    def _verify_file(path: Path, entry: FileEntry) -> None:
+        if not path.is_file():
+            raise PresetIntegrityError(f"{path} must be a plain file. Received: a directory")
         size = path.stat().st_size
         if size != entry.size:
             raise PresetIntegrityError(f"{path} must have {entry.size} bytes. Received: {size}")
@@ -116,6 +118,23 @@ def is_preset_file(name: str) -> bool:
     return bool(_FILE_NAME.fullmatch(name)) and name.endswith(FILE_SUFFIXES) and name != MANIFEST_FILE
 
 
+def refuse_links(directory: Path, names: Iterable[str]) -> None:
+    """Raises PresetIntegrityError if one of these names in `directory` leads out of it.
+
+    Not counted are links as huggingface_hub's cache makes them, from <repository>/snapshots/<revision> into
+    <repository>/blobs: a preset that somebody unpacked here must not make us read, and publish, other files.
+    """
+    allowed = [directory.resolve()]
+    if allowed[0].parent.name == "snapshots":
+        allowed.append(allowed[0].parent.parent / "blobs")
+    for name in names:
+        target = (directory / name).resolve()
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise PresetIntegrityError(
+                f"{directory / name} must be a plain file. Received: a link to {target}; copy the file"
+            )
+
+
 def seal(directory: Path) -> Manifest:
     """Write `manifest.json` over the files of a preset directory, which must hold nothing else."""
     if unknown := strangers(directory):
@@ -128,12 +147,12 @@ def seal(directory: Path) -> Manifest:
     return manifest
 
 
-def verified_manifest(directory: Path, *, allow_links: bool = False) -> Manifest:
+def verified_manifest(directory: Path) -> Manifest:
     """The verified manifest of a directory, or, where it has none, the manifest of what is there."""
     manifest = Manifest.read(directory)
     if manifest is None:
         return Manifest.of_directory(directory)
-    manifest.verify(directory, allow_links=allow_links)
+    manifest.verify(directory)
     return manifest
 
 

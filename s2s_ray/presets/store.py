@@ -121,7 +121,7 @@ class PresetStore:
             raise PresetError(f"a preset directory must hold config.json. Received: {directory}")
         if unknown := strangers(directory):
             raise PresetError(f"a preset to publish must hold no other files. Received: {unknown[:10]} in {directory}")
-        manifest = verified_manifest(directory, allow_links=True)
+        manifest = verified_manifest(directory)
         bad = WeightFiles.open(directory).nonfinite()
         if bad:
             raise PresetIntegrityError(f"weights must be finite. NaN or infinity in {len(bad)} tensors: {bad[:5]}")

@@ -16,8 +16,16 @@ from s2s_ray.storage import Location, strict_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+MAX_HEADER_BYTES = (
+    16 * 2**20
+)  # safetensors allows 100 MB, which as Python objects is gigabytes; 10,000 tensors are 1 MB
+CONVERT_COMMAND = (
+    'python -c "from transformers import AutoModelForSeq2SeqLM as M, AutoTokenizer as T; import sys; '
+    '[c.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2]) for c in (M, T)]" SOURCE TARGET'
+)
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 _SCAN_BYTES = 64 * 2**20
 
 
@@ -50,14 +58,12 @@ class WeightFiles:
             return cls(directory, _read_header(directory / SINGLE_FILE))
         if (directory / INDEX_FILE).exists():
             return cls(directory, _read_shards(directory))
-        advice = ""
-        if list(directory.glob("pytorch_model*.bin")):
-            advice = (
-                ". Its pytorch_model.bin is a pickle, which runs code when read. If you trust it, convert: python -c "
-                '"from transformers import AutoModelForSeq2SeqLM as M, AutoTokenizer as T; import sys; '
-                '[c.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2]) for c in (M, T)]" SOURCE TARGET'
-            )
-        raise PresetError(f"a preset must hold {SINGLE_FILE} or {INDEX_FILE}. Received: {directory}{advice}")
+        pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
+        raise PresetError(
+            f"a preset must hold {SINGLE_FILE} or {INDEX_FILE}. Received: {directory} with "
+            f"{', '.join(pickles[:5]) or 'no weights'}. Pickled weights (pytorch_model.bin) are never read: they can "
+            f"run code: if you trust them, convert with {CONVERT_COMMAND}"
+        )
 
     @property
     def files(self) -> list[str]:
@@ -142,7 +148,7 @@ def _are_counts(values: Any) -> bool:
 def _has_nonfinite(path: Path, info: TensorInfo) -> bool:
     import numpy as np
 
-    if info.dtype not in ("F64", "F32", "F16", "BF16"):
+    if info.dtype not in FLOAT_DTYPES:
         return False
     with path.open("rb") as stream:
         stream.seek(info.begin)

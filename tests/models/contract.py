@@ -203,7 +203,8 @@ def check_files(config: Any, tmp_path: Path, *, adjust: Callable[[Any], None] | 
     """
     model = reference_model(config, adjust=adjust)
     ours = load_ours(model, tmp_path)
-    held = load_file(tmp_path / "model.safetensors")
+    # copies, as what load_file gives may be the mapped file, which is overwritten below
+    held = {name: tensor.clone() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
 
     def load(tensors: Mapping[str, Tensor]) -> Backbone:
         save_file(dict(tensors), tmp_path / "model.safetensors", metadata={"format": "pt"})

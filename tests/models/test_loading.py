@@ -47,6 +47,25 @@ def test_a_wrong_shape_is_named(preset: Path, tmp_path: Path) -> None:
         rewritten(preset, tmp_path, lambda t: t.update({"model.encoder.layers.0.fc1.weight": torch.zeros(3, 32)}))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_weights_are_floating_point(preset: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    name = "model.encoder.layers.0.fc1.weight"
+    with pytest.raises(PresetIntegrityError, match=rf"{name} must have one of the dtypes F64, F32, F16, BF16\. Rec"):
+        rewritten(preset, tmp_path, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+
+
+def test_a_config_cannot_ask_for_more_layers_than_there_are_tensors(preset: Path) -> None:
+    hostile = config().to_dict() | {"decoder_layers": 2**24}
+    with pytest.raises(PresetIntegrityError, match="decoder_layers is 16777216, but the weights hold"):
+        build_backbone(BartBackbone, hostile, preset)
+
+
+def test_nothing_is_allocated_for_a_config_that_the_weights_do_not_fit(preset: Path) -> None:
+    hostile = config().to_dict() | {"vocab_size": 2**24, "d_model": 2**20}  # 64 TiB
+    with pytest.raises(PresetIntegrityError, match="must have shape"):
+        build_backbone(BartBackbone, hostile, preset)
+
+
 def test_a_missing_logits_bias_is_zero(preset: Path, tmp_path: Path) -> None:
     ours = rewritten(preset, tmp_path, lambda tensors: tensors.pop("final_logits_bias"))
     assert torch.equal(ours.state_dict()["logits_bias"], torch.zeros(1, 211))

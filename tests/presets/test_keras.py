@@ -225,6 +225,7 @@ def test_shards_lie_beside_their_index(preset: Path, shard: Any) -> None:
     ("key", "value", "message"),
     [
         ("num_layers", 0, "num_layers must be a whole number"),
+        ("num_layers", 2**24, "num_layers must be a whole number from 1 to 1024"),
         ("num_layers", True, "num_layers must be a whole number"),
         ("hidden_dim", "8", "hidden_dim must be a whole number"),
         ("num_heads", 3, "hidden_dim must be a multiple"),
@@ -243,6 +244,15 @@ def test_settings_are_checked(preset: Path, key: str, value: Any, message: str) 
 def test_other_classes_list_the_known_ones(preset: Path) -> None:
     (preset / "config.json").write_text('{"class_name": "WhisperBackbone", "config": {}}')
     with pytest.raises(UnsupportedModelError, match=r"one of BartBackbone, T5Backbone\. Received: 'WhisperBackbone'"):
+        presets.resolve(preset)
+
+
+@pytest.mark.parametrize("name", ["model.weights.h5", "assets", "assets/tokenizer/merges.txt", "README.md"])
+def test_links_out_of_the_directory_are_refused(preset: Path, tmp_path: Path, name: str) -> None:
+    (preset / "README.md").write_text("# Card")
+    (preset / name).rename(tmp_path / "outside")
+    (preset / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(PresetIntegrityError, match="a link to"):
         presets.resolve(preset)
 
 

@@ -59,7 +59,25 @@ def test_an_added_directory_and_a_link_are_found(sealed: Path, tmp_path: Path) -
     (sealed / "config.json").symlink_to(outside)
     with pytest.raises(PresetIntegrityError, match="plain file"):
         verified_manifest(sealed)
-    verified_manifest(sealed, allow_links=True)
+    (sealed / MANIFEST_FILE).unlink()
+    with pytest.raises(PresetIntegrityError, match="plain file"):
+        verified_manifest(sealed)
+
+
+def test_links_as_in_the_hubs_cache_are_followed(sealed: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123"
+    snapshot.parent.mkdir(parents=True)
+    digest = seal(sealed).digest
+    sealed.rename(snapshot)
+    blobs = tmp_path / "models--org--name" / "blobs"
+    blobs.mkdir()
+    (snapshot / "config.json").rename(blobs / "abcd")
+    (snapshot / "config.json").symlink_to("../../blobs/abcd")
+    assert verified_manifest(snapshot).digest == digest
+    (blobs / "abcd").rename(tmp_path / "models--org--name" / "elsewhere")
+    (blobs / "abcd").symlink_to("../elsewhere")
+    with pytest.raises(PresetIntegrityError, match="a link to"):
+        verified_manifest(snapshot)
 
 
 GOOD = FileEntry("config.json", 2, "0" * 64)

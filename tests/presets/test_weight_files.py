@@ -2,8 +2,11 @@
 
 import json
 import random
+import shlex
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +157,42 @@ def test_nonfinite_tensors_are_named(tmp_path: Path) -> None:
     assert set(WeightFiles.open(tmp_path).nonfinite()) == set(bad)
 
 
-def test_a_pickle_is_not_read_and_the_error_says_how_to_convert(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
-    with pytest.raises(PresetError, match="save_pretrained"):
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "last.ckpt"])
+def test_a_pickle_is_not_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"never opened")
+    with pytest.raises(PresetError, match=rf"{name}\. Pickled weights .* are never read.*convert with python -c"):
         WeightFiles.open(tmp_path)
-    (tmp_path / "pytorch_model.bin").unlink()
-    with pytest.raises(PresetError, match=r"model\.safetensors") as raised:
+
+
+def test_the_command_in_the_error_converts_a_pickle(tiny_bart_dir: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file as load_torch
+
+    source = shutil.copytree(tiny_bart_dir, tmp_path / "source")
+    tensors = load_torch(source / "model.safetensors")
+    torch.save(tensors, source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    with pytest.raises(PresetError) as raised:
+        WeightFiles.open(source)
+    command = shlex.split(str(raised.value).partition("convert with ")[2])
+    assert command[0] == "python" and command[-2:] == ["SOURCE", "TARGET"]
+    subprocess.run([sys.executable, *command[1:-2], str(source), str(tmp_path / "target")], check=True)
+    converted = load_torch(tmp_path / "target" / "model.safetensors")
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in converted.items())
+    assert WeightFiles.open(tmp_path / "target").total_bytes
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**31, 17 * 2**20])
+def test_a_huge_header_is_not_read(tmp_path: Path, length: int) -> None:
+    with (tmp_path / "model.safetensors").open("wb") as stream:
+        stream.write(struct.pack("<Q", length))
+        stream.truncate(18 * 2**20)  # sparse
+    with pytest.raises(PresetIntegrityError, match="no complete safetensors file"):
         WeightFiles.open(tmp_path)
-    assert "pytorch_model.bin" not in str(raised.value)
+
+
+def test_a_shard_that_leads_out_of_the_directory_is_refused(sharded: Path, tmp_path_factory: Any) -> None:
+    shard = sharded / "model-00001-of-00002.safetensors"
+    shard.symlink_to(shard.rename(tmp_path_factory.mktemp("outside") / shard.name))
+    with pytest.raises(PresetIntegrityError, match="a link to"):
+        verified_manifest(sharded)
