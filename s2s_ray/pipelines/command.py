@@ -12,6 +12,7 @@ from s2s_ray.errors import EXIT_OK, InfrastructureError, S2SRayError
 from s2s_ray.pipelines.settings import GenerateSettings, parse
 
 SAMPLE = Path(__file__).parent.parent / "samples" / "package_descriptions"
+TRANSLATION_SAMPLE = SAMPLE.with_name("package_translations")
 
 
 def main(job: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
@@ -48,11 +49,19 @@ def finetune(argv: Sequence[str], description: str) -> int:
 
 def summarize_defaults(argv: Sequence[str]) -> dict[str, Any]:
     """The built-in summariser; and without any input the sample that ships with the package."""
-    defaults: dict[str, Any] = {"preset": presets.DEFAULT_SUMMARIZER}
-    if not any(argument.partition("=")[0] in ("--input", "--config") for argument in argv):
-        sample = {"input": (str(SAMPLE),), "text_column": "description", "output": "out/summaries"}
-        defaults |= sample
-    return defaults
+    sample = {"input": (str(SAMPLE),), "text_column": "description", "output": "out/summaries"}
+    return {"preset": presets.DEFAULT_SUMMARIZER, **({} if _has_input(argv) else sample)}
+
+
+def translate_defaults(argv: Sequence[str]) -> dict[str, Any]:
+    """The built-in translator, sentence by sentence; and without any input the sample that ships, to German."""
+    defaults = {"preset": presets.DEFAULT_TRANSLATOR, "segment": "sentence", "summary_column": "translation"}
+    sample = {"input": (str(TRANSLATION_SAMPLE),), "text_column": "description", "output": "out/translations"}
+    return {**defaults, **({} if _has_input(argv) else sample)}
+
+
+def _has_input(argv: Sequence[str]) -> bool:
+    return any(argument.partition("=")[0] in ("--input", "--config") for argument in argv)
 
 
 def parse_summarize(argv: Sequence[str]) -> GenerateSettings:

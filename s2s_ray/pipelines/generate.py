@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from s2s_ray import presets
-from s2s_ray.errors import ErrorRateExceededError
+from s2s_ray.errors import ErrorRateExceededError, LanguageError
 from s2s_ray.pipelines import plan as planning
 from s2s_ray.pipelines.cluster import Resources, execute, ray_session
 from s2s_ray.pipelines.inputs import InputFile, find_files, output_schema, read_footers
@@ -28,6 +28,8 @@ from s2s_ray.text.preprocessor import Seq2SeqLMPreprocessor
 
 if TYPE_CHECKING:
     import ray.data
+
+NEED_A_TARGET = ("target_token", "source_first", "source_last")  # conventions (text/languages.py) without a default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +86,9 @@ def prepare(settings: GenerateSettings) -> Prepared:
         footers, skipped = read_footers(files, settings.skip_bad_files)
         schema = output_schema(footers, settings)
         plan = Plan(planning.cut(footers, settings.rows_per_unit), schema, skipped)
-    preprocessor = Seq2SeqLMPreprocessor.from_directory(preset.directory, source_prefix=settings.source_prefix)
+    preprocessor = Seq2SeqLMPreprocessor.from_directory(preset.directory, **settings.preprocessing())
     preprocessor.try_encode_sources([], settings.max_source_length)  # refuses a limit that holds no text
+    _check_languages(preprocessor, settings)
     return Prepared(settings, output, files, document, plan, preset.digest)
 
 
@@ -170,3 +173,19 @@ def commit_stage(row: dict[str, Any], job: Job) -> dict[str, Any]:
         "error_rows": commit.error_rows,
         "num_tokens": commit.num_tokens,
     }
+
+
+def _check_languages(preprocessor: Seq2SeqLMPreprocessor, settings: GenerateSettings) -> None:
+    """Raises LanguageError for language columns that the preset has no use for, and for a target that nobody names."""
+    languages, columns = preprocessor.languages, settings.language_columns()
+    if languages is None:
+        if columns:
+            raise LanguageError(f"language columns need a preset that has languages. Received: {', '.join(columns)}")
+        return
+    # Texts that say their target themselves (">>de<< ...") are possible, but not once they are cut.
+    named = preprocessor.target_lang or settings.target_lang_column or settings.source_prefix
+    if settings.segment == "sentence" and not named and languages.convention in NEED_A_TARGET:
+        raise LanguageError(
+            "--target-lang, or --target-lang-column, must say what to translate to. Known: "
+            f"{', '.join(sorted(languages.tokens))}"
+        )

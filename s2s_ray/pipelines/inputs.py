@@ -175,18 +175,24 @@ def _read_footer(file: InputFile) -> Footer | str:
 
 def _check_columns(footer: Footer, kept: Iterable[str], settings: GenerateSettings) -> None:
     names, where = footer.schema.names, footer.file.url
-    for name in (settings.text_column, *kept):
+    flags = {
+        settings.text_column: "--text-column",
+        settings.source_lang_column: "--source-lang-column",
+        settings.target_lang_column: "--target-lang-column",
+    }
+    for name in dict.fromkeys([settings.text_column, *settings.language_columns(), *kept]):
         if name not in names:
-            flag = "--text-column" if name == settings.text_column else "--columns"
+            flag = flags.get(name, "--columns")
             raise InputError(f"{flag} must name a column of {where}. Received: {name!r}; it has {', '.join(names)}")
         if names.count(name) > 1:
             raise InputError(f"column names must be unique. {where} has {name!r} {names.count(name)} times")
-    text_type = footer.schema.field(settings.text_column).type
-    if not is_text(text_type):
-        raise InputError(
-            f"the text column must be string, or binary holding UTF-8. Received: {settings.text_column!r} of type "
-            f"{text_type} in {where}"
-        )
+    for name in (settings.text_column, *settings.language_columns()):
+        kind = footer.schema.field(name).type
+        if not is_text(kind):
+            column = "the text column" if name == settings.text_column else flags[name]
+            raise InputError(
+                f"{column} must be string, or binary holding UTF-8. Received: {name!r} of type {kind} in {where}"
+            )
     for field in footer.schema:
         if _has_extension(field):
             raise InputError(

@@ -14,11 +14,14 @@ import pyarrow as pa
 
 from s2s_ray.errors import RowErrorReason
 from s2s_ray.generation.requests import Finished, Request
+from s2s_ray.generation.settings import GenerationSettings
 from s2s_ray.pipelines.attempts import STARTS, Attempts
 from s2s_ray.pipelines.engine_thread import EngineFailedError, EngineThread, is_out_of_memory
-from s2s_ray.pipelines.rows import ANSWER_SCHEMA, EMPTY, Job, brief, from_ipc, to_ipc
+from s2s_ray.pipelines.rows import ANSWER_SCHEMA, ROUTED, Job, brief, from_ipc, to_ipc
+from s2s_ray.pipelines.segments import EMPTY
 from s2s_ray.storage import failpoint
 
+MAX_ROW_BITS = 40  # of the 64 of a request's id; the rest numbers the sentences of a row
 HOPELESS_ROWS = 3  # if the first rows tried one by one all fail, it is not the rows
 
 
@@ -59,9 +62,9 @@ class Replica:
 
     async def answer(self, work: pa.Table) -> pa.Table:
         """Answers aligned with the rows of `work` (see rows.py)."""
-        rows = work.select(["row", "token_ids", "reason"]).to_pylist()
+        rows = work.select(["row", "segment", "token_ids", "reason", *ROUTED]).to_pylist()
         wanted = [index for index, row in enumerate(rows) if row["token_ids"] is not None]
-        requests = [(rows[index]["row"], rows[index]["token_ids"], self.settings) for index in wanted]
+        requests = [_request(rows[index], self.settings) for index in wanted]
         table: list[dict[str, Any]] = [
             {"token_ids": None, "finish_reason": EMPTY if row["reason"] is None else None} for row in rows
         ]
@@ -168,6 +171,13 @@ class _Room:
             async with self._changed:
                 self._inside -= 1
                 self._changed.notify_all()
+
+
+def _request(line: dict[str, Any], settings: GenerationSettings) -> tuple[int, Sequence[int], GenerationSettings]:
+    """A line's (id, token ids, settings); the id is the row's, and for its further sentences one that no row has."""
+    routed = {name: line[name] for name in ROUTED if line[name] is not None}
+    line_id = line["row"] + (line["segment"] << MAX_ROW_BITS)
+    return line_id, line["token_ids"], settings.replace(**routed) if routed else settings
 
 
 def _answer(answer: Finished) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What happens to the rows of a unit on CPUs: read and tokenised before the model, made into shards after it.
 
-No torch, no Ray. Three Arrow tables travel from stage to stage: `work` (one line per planned row, WORK_SCHEMA),
-`carried` (the kept input columns of the readable rows, exactly as read) and `answers` (ANSWER_SCHEMA, aligned with
-`work`).
+No torch, no Ray. Three Arrow tables travel from stage to stage: `work` (one line per planned row, or per sentence of
+it, WORK_SCHEMA), `carried` (the kept input columns of the readable rows, exactly as read) and `answers`
+(ANSWER_SCHEMA, aligned with `work`).
 """
 
 import hashlib
@@ -22,19 +22,25 @@ from s2s_ray.pipelines.inputs import Watched, new_columns
 from s2s_ray.pipelines.ledger import Ledger, Shard
 from s2s_ray.pipelines.plan import Piece, Unit
 from s2s_ray.pipelines.retries import retrying
+from s2s_ray.pipelines.segments import DONE_SCHEMA, Line, join, lines_of, numbered, row_starts
 from s2s_ray.pipelines.settings import GenerateSettings
 from s2s_ray.storage import Location
+from s2s_ray.text.languages import NO_ROUTE, Route
 from s2s_ray.text.preprocessor import EncodedSource, Seq2SeqLMPreprocessor
 from s2s_ray.text.tokenizer import TokenizationError
 
 MAX_MESSAGE_BYTES = 512
-EMPTY = "empty"  # finish_reason of a blank source, which is answered with "" without the model
+ROUTED = ("forced_bos_token_id", "decoder_start_token_id")  # generation settings that may follow a row's languages
 WORK_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),  # position in the whole input; with the seed it decides what is sampled
+        ("segment", pa.int32()),  # number of the line within its row
         ("source", pa.dictionary(pa.int32(), pa.string())),
         ("source_row", pa.int64()),
+        ("before", pa.string()),  # the row's text between the line before and this one; null where rows are not cut
+        ("after", pa.string()),  # and what follows its last line
         ("token_ids", pa.list_(pa.int32())),  # null where the model is not needed
+        *((name, pa.int32()) for name in ROUTED),  # null where the preset's own
         ("truncated", pa.bool_()),
         ("reason", pa.string()),  # null while the row is good
         ("message", pa.string()),
@@ -84,20 +90,21 @@ class Job:
 
     def preprocessor(self) -> Seq2SeqLMPreprocessor:
         """Of the job's preset, from this node's cache; loaded once per process."""
-        return load_preprocessor(self.settings.preset, self.preset_digest, self.settings.source_prefix)
+        options = tuple(self.settings.preprocessing().items())
+        return load_preprocessor(self.settings.preset, self.preset_digest, options)
 
 
 @lru_cache(maxsize=2)
-def load_preprocessor(preset: str, digest: str, source_prefix: str | None) -> Seq2SeqLMPreprocessor:
+def load_preprocessor(preset: str, digest: str, options: tuple[tuple[str, Any], ...]) -> Seq2SeqLMPreprocessor:
     resolved = presets.resolve(preset, expected_digest=digest)
-    return Seq2SeqLMPreprocessor.from_directory(resolved.directory, source_prefix=source_prefix)
+    return Seq2SeqLMPreprocessor.from_directory(resolved.directory, **dict(options))
 
 
 def read_unit(unit: Unit, job: Job) -> tuple[pa.Table, pa.Table]:
     """(work, carried) of one unit. Rows of a row group that cannot be decoded are UNREADABLE and carry nothing."""
     work: list[pa.Table] = [WORK_SCHEMA.empty_table()]
     carried = [pa.schema([job.schema.field(name) for name in job.kept_columns]).empty_table()]
-    columns = list(dict.fromkeys([*job.kept_columns, job.settings.text_column]))
+    columns = list(dict.fromkeys([*job.kept_columns, job.settings.text_column, *job.settings.language_columns()]))
     row = unit.first_row
     for piece in unit.pieces:
         try:
@@ -105,11 +112,14 @@ def read_unit(unit: Unit, job: Job) -> tuple[pa.Table, pa.Table]:
         except S2SRayError:
             raise
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            bad = [EncodedSource(error=RowErrorReason.UNREADABLE, message=brief(error))] * piece.rows
-            work.append(_work_table(piece, row, bad, [None] * piece.rows))
+            bad = EncodedSource(error=RowErrorReason.UNREADABLE, message=brief(error))
+            lines = [Line(index, None, source=bad) for index in range(piece.rows)]
+            work.append(_work_table(piece, row, lines, [NO_ROUTE] * piece.rows, [None] * piece.rows))
         else:
             texts = text_bytes(table.column(job.settings.text_column))
-            work.append(_work_table(piece, row, _encode(texts, job), texts))
+            routes, languages = _routes(table, job)
+            lines = lines_of(texts, routes, languages, job.preprocessor(), job.settings)
+            work.append(_work_table(piece, row, lines, routes, texts))
             carried.append(table.select(job.kept_columns).cast(carried[0].schema))
         row += piece.rows
     return pa.concat_tables(work), pa.concat_tables(carried)
@@ -120,27 +130,25 @@ def make_shard(unit: Unit, work: pa.Table, carried: pa.Table, answers: pa.Table,
     reasons = pc.coalesce(work.column("reason"), answers.column("reason")).combine_chunks()
     messages = pc.coalesce(work.column("message"), answers.column("message")).combine_chunks()
     texts, reasons, messages = _decode(answers.column("token_ids").to_pylist(), reasons, messages, job)
-    good = reasons.is_null()
-    readable = pc.not_equal(pc.fill_null(work.column("reason"), ""), RowErrorReason.UNREADABLE.value)
     lengths = pc.fill_null(pc.list_value_length(answers.column("token_ids")), 0)
-    new = {
-        job.settings.summary_column: pa.chunked_array([pa.array(texts, pa.string())]),
-        "num_tokens": lengths,
-        "finish_reason": answers.column("finish_reason"),
-        "truncated": work.column("truncated"),
-        "score": answers.column("score"),
-    }
-    columns = [column.filter(good.filter(readable.combine_chunks())) for column in carried.columns]
-    columns += [new[field.name].filter(good).cast(field.type) for field in new_columns(job.settings)]
+    shared = [answers.column("finish_reason"), work.column("truncated"), answers.column("score")]
+    done = join(work, pa.table([pa.array(texts, pa.string()), lengths, *shared, reasons, messages], schema=DONE_SCHEMA))
+    work = work.take(row_starts(work))
+    good = done.column("reason").is_null()
+    readable = pc.not_equal(pc.fill_null(work.column("reason"), ""), RowErrorReason.UNREADABLE.value)
+    columns = [column.filter(good.filter(readable)) for column in carried.columns]
+    for field in new_columns(job.settings):
+        values = done.column("text" if field.name == job.settings.summary_column else field.name)
+        columns.append(values.filter(good).cast(field.type))
     kept = pa.Table.from_arrays(columns, schema=job.schema)
-    errors = _error_table(unit, work, reasons, messages, attempts)
+    errors = _error_table(unit, work, done, attempts)
     return Shard(
         data=_parquet(kept),
         rows=kept.num_rows,
         # Unit 0 always has one, so that the errors dataset exists and can be read even when it is empty.
         errors=_parquet(errors) if errors.num_rows or unit.id == 0 else None,
         error_rows=errors.num_rows,
-        num_tokens=pc.sum(lengths.filter(good)).as_py() or 0,
+        num_tokens=pc.sum(done.column("num_tokens").filter(good)).as_py() or 0,
         reasons=Counter(errors.column("reason").to_pylist()),
     )
 
@@ -198,33 +206,39 @@ def text_bytes(column: pa.ChunkedArray) -> list[bytes | None]:
     return texts
 
 
-def _encode(texts: Sequence[bytes | None], job: Job) -> list[EncodedSource]:
+def _routes(table: pa.Table, job: Job) -> tuple[list[Route], list[str]]:
+    """The route of each row's languages, with an error for a row that names none; and the source languages."""
     preprocessor = job.preprocessor()
-    encoded = preprocessor.try_encode_sources(texts, job.settings.max_source_length)
-    if job.settings.on_long == "error":
-        limit = job.settings.max_source_length or preprocessor.encoder_sequence_length
-        for source in encoded:
-            if source.truncated:
-                source.error = RowErrorReason.TOO_LONG
-                source.message = f"{source.num_tokens_full} tokens; --max-source-length is {limit}"
-    for source, text in zip(encoded, texts, strict=True):
-        if source.error is None and text is not None and not text.strip():
-            source.token_ids = []
-    return encoded
+    columns: list[list[str] | str | None] = [None, None]
+    for side, name in enumerate((job.settings.source_lang_column, job.settings.target_lang_column)):
+        if name is not None:
+            columns[side] = [(text or b"").decode(errors="replace").strip() for text in text_bytes(table.column(name))]
+    routes = preprocessor.try_routes(table.num_rows, *columns)
+    for name, column in zip(("source", "target"), columns, strict=True):
+        for row in [row for row, language in enumerate(column or ()) if not language]:
+            routes[row] = Route(error=f"the {name} language is null or empty")
+    sources = columns[0] or [preprocessor.source_lang or "en"] * table.num_rows
+    return routes, list(sources)
 
 
 def _work_table(
-    piece: Piece, first_row: int, encoded: Sequence[EncodedSource], texts: Sequence[bytes | None]
+    piece: Piece, first_row: int, lines: Sequence[Line], routes: Sequence[Route], texts: Sequence[bytes | None]
 ) -> pa.Table:
+    digests = [None if text is None else hashlib.sha256(text).hexdigest() for text in texts]
+    sources = [line.source for line in lines]
     columns = {
-        "row": range(first_row, first_row + piece.rows),
-        "source": [piece.file.url] * piece.rows,
-        "source_row": range(piece.file_row, piece.file_row + piece.rows),
-        "token_ids": [source.token_ids if source.token_ids and source.error is None else None for source in encoded],
-        "truncated": [source.truncated for source in encoded],
-        "reason": [source.error and source.error.value for source in encoded],
-        "message": [brief(source.message) if source.error else None for source in encoded],
-        "input_sha256": [None if text is None else hashlib.sha256(text).hexdigest() for text in texts],
+        "row": [first_row + line.row for line in lines],
+        "segment": numbered(lines),
+        "source": [piece.file.url] * len(lines),
+        "source_row": [piece.file_row + line.row for line in lines],
+        "before": [line.before for line in lines],
+        "after": [line.after for line in lines],
+        "token_ids": [source.token_ids if source.token_ids and source.error is None else None for source in sources],
+        **{name: [routes[line.row].generation_changes().get(name) for line in lines] for name in ROUTED},
+        "truncated": [source.truncated for source in sources],
+        "reason": [source.error and source.error.value for source in sources],
+        "message": [brief(source.message) if source.error else None for source in sources],
+        "input_sha256": [digests[line.row] for line in lines],
     }
     return pa.table(columns, schema=WORK_SCHEMA)
 
@@ -248,16 +262,16 @@ def _decode(
     return texts, pa.array(reason_list, pa.string()), pa.array(message_list, pa.string())
 
 
-def _error_table(unit: Unit, work: pa.Table, reasons: pa.Array, messages: pa.Array, attempts: int) -> pa.Table:
-    bad = reasons.is_valid()
+def _error_table(unit: Unit, work: pa.Table, done: pa.Table, attempts: int) -> pa.Table:
+    bad = done.column("reason").is_valid()
     rows = work.filter(bad)
     columns: dict[str, Any] = {
         "unit": pa.repeat(pa.scalar(unit.id, pa.int64()), rows.num_rows),
         "row": rows.column("row"),
         "source": rows.column("source").cast(pa.string()),
         "source_row": rows.column("source_row"),
-        "reason": reasons.filter(bad),
-        "message": messages.filter(bad),
+        "reason": done.column("reason").filter(bad),
+        "message": done.column("message").filter(bad),
         "input_sha256": rows.column("input_sha256"),
         "attempts": pa.repeat(pa.scalar(attempts, pa.int32()), rows.num_rows),
     }

@@ -9,7 +9,8 @@ from s2s_ray.pipelines import flags
 from s2s_ray.pipelines.flags import check_types, fields_of, flag, identity, require, setting
 
 SAMPLERS = ("greedy", "beam", "random", "top_k", "top_p")
-ON_LONG = ("truncate", "error")
+ON_LONG = ("truncate", "error", "split")
+SEGMENT = ("none", "sentence")
 PUBLISH = ("auto", "rename", "copy", "none")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -28,6 +29,11 @@ class GenerateSettings:
     columns: tuple[str, ...] | None = setting(None, "input columns to keep; all by default", tuple)
     score: bool = setting(False, "add a `score` column: sum of log-probabilities (beams: length-normalised)", bool)
     source_prefix: str | None = setting(None, "text put before every source, such as T5's 'summarize: '")
+    source_lang: str | None = setting(None, "language of the sources, by a code the preset knows: en, deu_Latn")
+    target_lang: str | None = setting(None, "language to generate")
+    source_lang_column: str | None = setting(None, "column with each row's source language")
+    target_lang_column: str | None = setting(None, "column with each row's target language")
+    segment: str = setting("none", "what the model reads at one time: a whole text or a sentence", choices=SEGMENT)
     max_source_length: int | None = setting(None, "longest source, special tokens included", int, unit="tokens")
     max_target_length: int | None = setting(None, "most new tokens, the end token included", int, unit="tokens")
     min_length: int | None = setting(None, "shortest target, as transformers' min_length", int, unit="tokens")
@@ -41,7 +47,9 @@ class GenerateSettings:
     repetition_penalty: float | None = setting(None, "above 1 makes tokens that came already less likely", float)
     seed: int = setting(0, "with the row's position it alone decides what is sampled", int)
     dtype: str = setting("float32", "of weights and activations", choices=DTYPES)
-    on_long: str = setting("truncate", "sources above the limit: cut and marked, or an error row", choices=ON_LONG)
+    on_long: str = setting(
+        "truncate", "sources above the limit: cut and marked, an error row, or in parts", choices=ON_LONG
+    )
     skip_bad_files: bool = setting(False, "leave out files with an unreadable footer instead of stopping", bool)
     rows_per_unit: int | None = setting(
         None, "rows that are committed together; by default about 1/200 of the input, 128 to 10000", int, unit="rows"
@@ -76,8 +84,23 @@ class GenerateSettings:
         require(gpus is None or 0 <= gpus < 64, "gpus_per_replica", "from 0 to 64", gpus)
         require(bool(self.text_column), "text_column", "a column name", self.text_column)
         require(bool(self.summary_column), "summary_column", "a column name", self.summary_column)
+        for side in ("source", "target"):
+            both = getattr(self, f"{side}_lang") is not None and getattr(self, f"{side}_lang_column") is not None
+            require(not both, f"{side}_lang", f"left out where {flag(f'{side}_lang_column')} is given", "both")
+        splits = self.on_long == "split"
+        require(
+            not splits or self.segment == "sentence", "on_long", "truncate or error without --segment sentence", "split"
+        )
         self.replica_range()
         self.generation_changes()
+
+    def preprocessing(self) -> dict[str, Any]:
+        """What to replace in the preset's preprocessor: arguments of its `from_directory`."""
+        return {name: getattr(self, name) for name in ("source_prefix", "source_lang", "target_lang")}
+
+    def language_columns(self) -> list[str]:
+        """The input columns that hold languages."""
+        return [name for name in (self.source_lang_column, self.target_lang_column) if name is not None]
 
     def replica_range(self) -> tuple[int, int] | None:
         """(smallest, largest) number of replicas; None for auto."""

@@ -94,7 +94,7 @@ def tokenise_unit(row: dict[str, Any], name: str, job: TokenJob) -> dict[str, An
     """A unit's descriptor to its file of ids; a rerun writes the same bytes. Runs as a CPU task."""
     unit = Unit.decode(row["descriptor"])
     settings = job.settings
-    preprocessor = load_preprocessor(settings.preset, job.preset_digest, settings.source_prefix)
+    preprocessor = load_preprocessor(settings.preset, job.preset_digest, (("source_prefix", settings.source_prefix),))
     sources: list[list[int]] = []
     labels: list[list[int]] = []
     skipped: Counter[str] = Counter()

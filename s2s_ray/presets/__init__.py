@@ -14,9 +14,18 @@ from s2s_ray.presets.public import PUBLIC
 from s2s_ray.presets.store import PresetStore
 from s2s_ray.storage import Location
 
-__all__ = ["DEFAULT_SUMMARIZER", "PresetStore", "ResolvedPreset", "absolute", "builtin_names", "resolve"]
+__all__ = [
+    "DEFAULT_SUMMARIZER",
+    "DEFAULT_TRANSLATOR",
+    "PresetStore",
+    "ResolvedPreset",
+    "absolute",
+    "builtin_names",
+    "resolve",
+]
 
 DEFAULT_SUMMARIZER = "debian_summarizer_en"
+DEFAULT_TRANSLATOR = "debian_translator_en"
 BUILTIN_DIRECTORY = Path(__file__).parent / "builtin"
 
 

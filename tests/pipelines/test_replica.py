@@ -53,7 +53,7 @@ def replica(tiny_bart_dir: Path, tmp_path: Path) -> Replica:
 
 
 def work_table(sources: list[list[int] | None], first_row: int = 0) -> pa.Table:
-    rows = [{"row": first_row + i, "token_ids": ids, "truncated": False} for i, ids in enumerate(sources)]
+    rows = [{"row": first_row + i, "segment": 0, "token_ids": ids, "truncated": False} for i, ids in enumerate(sources)]
     return pa.Table.from_pylist(rows, schema=WORK_SCHEMA)
 
 
@@ -74,7 +74,9 @@ def test_units_share_the_engine_and_come_out_in_order(replica: Replica) -> None:
 
 def test_rows_that_need_no_model(replica: Replica) -> None:
     rows = work_table([None, SOURCES[0], None])
-    rows = rows.set_column(5, "reason", pa.array([None, None, "NULL_TEXT"], pa.string()))
+    rows = rows.set_column(
+        WORK_SCHEMA.get_field_index("reason"), "reason", pa.array([None, None, "NULL_TEXT"], pa.string())
+    )
     answers = asyncio.run(replica.answer(rows)).to_pylist()
     assert answers[0]["finish_reason"] == "empty"
     assert answers[0]["token_ids"] is None and answers[1]["token_ids"] and answers[2]["finish_reason"] is None

@@ -1,19 +1,14 @@
 """Reading, tokenising and writing a unit: bad rows are told apart, their neighbours do not change. No Ray, no model."""
 
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from row_helpers import echo, prepare, process
 
-from s2s_ray import presets
 from s2s_ray.errors import InfrastructureError, InputError
-from s2s_ray.pipelines.inputs import find_files, output_schema, read_footers
-from s2s_ray.pipelines.plan import Unit, cut
-from s2s_ray.pipelines.rows import ANSWER_SCHEMA, Job, from_ipc, make_shard, read_unit, to_ipc
-from s2s_ray.pipelines.settings import GenerateSettings
-from s2s_ray.storage import Location
+from s2s_ray.pipelines.rows import ANSWER_SCHEMA, read_unit
 
 GOOD = [f"the good row number {row}" for row in range(8)]
 BAD: list[tuple[bytes | None, str]] = [
@@ -23,38 +18,6 @@ BAD: list[tuple[bytes | None, str]] = [
     (b"\xff\xfe\x00", "INVALID_UTF8"),
     (b"x" * (2**20 + 1), "TOO_LONG"),
 ]
-
-
-def prepare(preset: Path, table: pa.Table, directory: Path, **changes: Any) -> tuple[Job, list[Unit]]:
-    path = directory / "in.parquet"
-    pq.write_table(table, path, row_group_size=changes.pop("group", 1000))
-    given: dict[str, Any] = {"input": (str(path),), "output": str(directory / "out"), "preset": str(preset)}
-    settings = GenerateSettings(**given | changes)
-    footers, _ = read_footers(find_files(settings.input, Location.parse(settings.output)), skip_bad=False)
-    job = Job(settings, presets.resolve(preset).digest, "f" * 32, output_schema(footers, settings), "run")
-    return job, list(cut(footers, settings.rows_per_unit or 1000))
-
-
-def echo(work: pa.Table) -> pa.Table:
-    """Answers that give the source's own tokens back."""
-    rows = []
-    for ids, reason in zip(work.column("token_ids").to_pylist(), work.column("reason").to_pylist(), strict=True):
-        finish = "stop" if ids else "empty" if reason is None else None
-        rows.append({"token_ids": ids, "finish_reason": finish, "score": -1.0 if ids else None})
-    return pa.Table.from_pylist(rows, schema=ANSWER_SCHEMA)
-
-
-def process(job: Job, unit: Unit, answers: pa.Table | None = None) -> tuple[pa.Table, pa.Table]:
-    work, carried = (from_ipc(to_ipc(table)) for table in read_unit(unit, job))
-    shard = make_shard(unit, work, carried, echo(work) if answers is None else answers, 2, job)
-    data = pq.read_table(pa.BufferReader(shard.data))
-    errors = (
-        pq.read_table(pa.BufferReader(shard.errors)) if shard.errors else pa.table({"row": pa.array([], pa.int64())})
-    )
-    assert (data.num_rows, errors.num_rows) == (shard.rows, shard.error_rows)
-    assert shard.rows + shard.error_rows == unit.rows
-    assert data.schema.equals(job.schema)
-    return data, errors
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.string(), pa.large_string()], ids=str)
@@ -135,8 +98,8 @@ def test_every_type_is_carried(tiny_bart_dir: Path, tmp_path: Path) -> None:
     assert errors.num_rows == 1 and data.select(table.schema.names).equals(table.take([0, 2]))
     job, (unit,) = prepare(tiny_bart_dir, table, tmp_path, columns=("raw", "i8"))
     assert process(job, unit)[0].schema.names[:3] == ["raw", "i8", "summary"]
-    job, (unit,) = prepare(tiny_bart_dir, table, tmp_path, columns=())
-    assert process(job, unit)[0].column("summary").to_pylist() == ["a", "c"]
+    job, (unit,) = prepare(tiny_bart_dir, table, tmp_path, columns=(), summary_column="reason")
+    assert process(job, unit)[0].column("reason").to_pylist() == ["a", "c"]
 
 
 def test_a_bad_row_group_is_unreadable_and_the_others_are_read(tiny_bart_dir: Path, tmp_path: Path) -> None:
