@@ -16,8 +16,8 @@ def pack_linear(*layers: nn.Linear, activation: str = "none") -> Projection:
     """
     with torch.no_grad():
         if len(layers) == 1:
-            return pack_weight(layers[0].weight, layers[0].bias, activation=activation)
-        weight = torch.cat([layer.weight for layer in layers])
+            return pack_weight(_weight(layers[0]), layers[0].bias, activation=activation)
+        weight = torch.cat([_weight(layer) for layer in layers])
         has_bias = any(layer.bias is not None for layer in layers)
         bias = torch.cat([_bias(layer) for layer in layers]) if has_bias else None
         return pack_weight(weight, bias, activation=activation)
@@ -44,6 +44,11 @@ def _pack_onednn(weight: Tensor, bias: Tensor | None, activation: str) -> Projec
     )
     run = torch.ops.mkldnn._linear_pointwise
     return lambda x: run(x, packed, bias, attribute, [], algorithm)
+
+
+def _weight(layer: nn.Linear) -> Tensor:
+    merged = getattr(layer, "merged_weight", None)  # of a layer with LoRA
+    return layer.weight if merged is None else merged()
 
 
 def _bias(layer: nn.Linear) -> Tensor:

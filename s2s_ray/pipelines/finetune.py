@@ -1,6 +1,7 @@
 """The fine-tuning job: Parquet with pairs of texts in, a preset out, on any number of workers, resumable.
 
     OUT/preset/         the result: what `from_preset` and jobs/generate.py take
+    OUT/adapter/        with LoRA: its weights alone, as PEFT's files
     OUT/checkpoints/    presets with the trainer's state, see training/checkpoint.py
     OUT/report.json     figures of the finished run; its presence says that the run is finished
     OUT/_s2s/           whose output this is, and the tokenised data
@@ -12,6 +13,7 @@ starts them anew when one is lost.
 
 import dataclasses
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -151,6 +153,8 @@ def _write_preset(prepared: Prepared, data: dict[str, Any]) -> dict[str, Any]:
     state = files.read_state(checkpoints.fetch(newest))
     step = best_step(state["evaluations"], prepared.settings.best_metric) or newest
     files.copy_preset(checkpoints.fetch(step), prepared.output / "preset")
+    if prepared.settings.lora_rank is not None:
+        _write_adapter(prepared, checkpoints.fetch(step))
     return {
         "fingerprint": prepared.ledger.fingerprint,
         "document": prepared.document,
@@ -161,6 +165,16 @@ def _write_preset(prepared: Prepared, data: dict[str, Any]) -> dict[str, Any]:
         "log": state["log"],
         "evaluations": state["evaluations"],
     }
+
+
+def _write_adapter(prepared: Prepared, checkpoint: Path) -> None:
+    from s2s_ray.pipelines.finetune_worker import write_adapter
+
+    preset = presets.resolve(prepared.settings.preset, expected_digest=prepared.preset_digest).directory
+    with tempfile.TemporaryDirectory() as name:
+        write_adapter(checkpoint, preset, prepared.settings, Path(name))
+        for path in sorted(Path(name).iterdir()):
+            (prepared.output / "adapter" / path.name).upload(path)
 
 
 def validation_sample(units: Sequence[Unit], settings: FinetuneSettings) -> list[list[str]]:

@@ -63,6 +63,12 @@ class FinetuneSettings:
     average_decay: float | None = setting(
         None, "evaluate and save a moving average of the weights with this decay, such as 0.999", float
     )
+    lora_rank: int | None = setting(None, "train LoRA matrices of this rank in place of the weights", int)
+    lora_alpha: float = setting(16.0, "LoRA's products are scaled by alpha / rank", float)
+    lora_dropout: float = setting(0.0, "dropout of the input of LoRA's products, from 0 to 1", float)
+    lora_targets: tuple[str, ...] = setting(
+        ("query", "value"), "linear layers to put LoRA beside, by the last part of their names", tuple
+    )
     seed: int = setting(0, "decides order and dropout, whatever the number of workers", int)
     precision: str = setting(
         "auto", "of the forward pass; weights stay fp32. auto: bf16 on GPUs", choices=("auto", "fp32", "bf16")
@@ -103,12 +109,12 @@ class FinetuneSettings:
         require(bool(self.input), "input", "at least one path", self.input)
         at_least_one = (
             "max_source_length", "max_target_length", "epochs", "max_steps", "batch_tokens", "micro_batch_tokens",
-            "log_every", "checkpoint_every", "evaluate_every", "evaluate_rows", "patience", "num_beams",
+            "log_every", "checkpoint_every", "lora_rank", "evaluate_every", "evaluate_rows", "patience", "num_beams",
         )  # fmt: skip
         for name in at_least_one:
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1", value)
-        for name in ("max_error_rate", "dropout"):
+        for name in ("max_error_rate", "dropout", "lora_dropout"):
             value = getattr(self, name)
             require(value is None or 0 <= value <= 1, name, "from 0 to 1", value)
         decay = self.average_decay

@@ -13,6 +13,7 @@ from s2s_ray.storage import Location
 if TYPE_CHECKING:
     import torch
 
+    from s2s_ray.nn.lora import LoraSettings
     from s2s_ray.seq2seq_lm import Seq2SeqLM
     from s2s_ray.training.batches import Examples, Mixture
     from s2s_ray.training.distributed import World
@@ -47,6 +48,7 @@ def train(
 
 def build_task(directory: Path, settings: FinetuneSettings) -> "Seq2SeqLM":
     """The task to train, in fp32 on the CPU."""
+    from s2s_ray.nn.lora import add_lora
     from s2s_ray.seq2seq_lm import Seq2SeqLM
 
     task = Seq2SeqLM.from_preset(directory, source_prefix=settings.source_prefix)
@@ -54,7 +56,41 @@ def build_task(directory: Path, settings: FinetuneSettings) -> "Seq2SeqLM":
         backbone: Any = task.backbone
         for module in (backbone, *backbone.encoder_layers, *backbone.decoder_layers):
             module.dropout = settings.dropout
+    lora = lora_settings(settings)
+    if lora is not None:
+        add_lora(task.backbone, lora, seed=settings.seed)
     return task
+
+
+def lora_settings(settings: FinetuneSettings) -> "LoraSettings | None":
+    """LoRA as the flags say; None without --lora-rank."""
+    from s2s_ray.nn.lora import LoraSettings
+
+    if settings.lora_rank is None:
+        return None
+    return LoraSettings(
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+        dropout=settings.lora_dropout,
+        targets=settings.lora_targets,
+    )
+
+
+def write_adapter(checkpoint: Path, preset: Path, settings: FinetuneSettings, directory: Path) -> None:
+    """The LoRA weights of a checkpoint as PEFT's files, in an existing directory; `preset` is what was trained from."""
+    import torch
+
+    from s2s_ray.nn.lora import save_adapter
+    from s2s_ray.training.checkpoint import read_tensors
+
+    backbone, lora = build_task(preset, settings).backbone, lora_settings(settings)
+    assert lora is not None
+    state = backbone.state_dict()
+    prefix = "weights/" if settings.average_decay is None else "average/"
+    with torch.no_grad():
+        for name, tensor in read_tensors(checkpoint, prefix):
+            state[name].copy_(tensor)
+    save_adapter(backbone, lora, directory)
 
 
 def loop_settings(settings: FinetuneSettings, device: "torch.device", mixture: "Mixture | None") -> "LoopSettings":

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from s2s_ray.models.loading import build_backbone
+from s2s_ray.nn.lora import lora_layers, merge_lora
 from s2s_ray.seq2seq_lm import Seq2SeqLM
 from s2s_ray.text.tokenizer import read_json_object
 from s2s_ray.training import checkpoint as files
@@ -138,8 +139,10 @@ class Loop:
         settings, task = self.settings, make_task()
         self.backbone = task.backbone
         self.replica = make_task() if self.world.rank == 0 or self.validation is not None else None
-        if self.replica is not None and self.validation is not None:
-            self.replica.backbone.to(self.world.device)
+        if self.replica is not None:
+            merge_lora(self.replica.backbone)
+            if self.validation is not None:
+                self.replica.backbone.to(self.world.device)
         self.backbone.train()
         freeze_unreached(self.backbone, self.examples.pad)
         saved = self._find_checkpoint()
@@ -257,8 +260,16 @@ class Loop:
     def _update_replica(self) -> None:
         """Bring what is evaluated and saved, a plain task, to the weights of now, or to their average."""
         target = {} if self.replica is None else self.replica.backbone.state_dict()
-        for name, tensor in self.backbone.state_dict().items():
-            value = full(self.average.get(name, tensor))
+        state, layers = self.backbone.state_dict(), lora_layers(self.backbone)
+
+        def now(name: str) -> Tensor:
+            return full(self.average.get(name, state[name]))
+
+        for name in state:
+            layer, _, last = name.rpartition(".")
+            value = now(name)
+            if layer in layers and last == "weight":
+                value = value + layers[layer].scaling * now(f"{layer}.lora_b") @ now(f"{layer}.lora_a")
             if name in target:
                 target[name].copy_(value)
         if self.replica is not None:
@@ -276,7 +287,9 @@ class Loop:
             keep(f"optimizer/{name}", value)
         for name, average in self.average.items():
             keep(f"average/{name}", full(average))
-            keep(f"weights/{name}", full(self.trainable[name].detach()))
+        if self.average or lora_layers(self.backbone):  # then the preset's weights are not those that are trained
+            for name, parameter in self.trainable.items():
+                keep(f"weights/{name}", full(parameter.detach()))
         return kept
 
     def _is_over(self, step: int) -> bool:

@@ -5,46 +5,65 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from job_helpers import ROOT
 
+from s2s_ray.pipelines import finetune_settings
 from s2s_ray.pipelines.command import parse_summarize
 from s2s_ray.presets import handles
 
-MANIFEST = ROOT / "cluster" / "rayjob-summarize.yaml"
+MANIFESTS = [ROOT / "cluster" / f"rayjob-{job}.yaml" for job in ("summarize", "finetune")]
+all_manifests = pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.stem)
 
 
-def documents() -> dict[str, dict[str, Any]]:
-    return {document["kind"]: document for document in yaml.safe_load_all(MANIFEST.read_text())}
+def documents(manifest: Path) -> dict[str, dict[str, Any]]:
+    return {document["kind"]: document for document in yaml.safe_load_all(manifest.read_text())}
 
 
-def test_the_job_accepts_the_flags() -> None:
-    command = shlex.split(documents()["RayJob"]["spec"]["entrypoint"])
+@all_manifests
+def test_the_job_accepts_the_flags(manifest: Path) -> None:
+    job = documents(manifest)["RayJob"]["spec"]
+    command = shlex.split(job["entrypoint"])
     assert command[0] == "python" and (ROOT / command[1]).is_file()
-    settings = parse_summarize(command[2:])
+    settings: Any
+    if "finetune" in command[1]:
+        settings = finetune_settings.parse(command[2:], "", {})
+        workers = settings.worker_range()
+    else:
+        settings = parse_summarize(command[2:])
+        workers = settings.replica_range()
     handles.parse(settings.preset)
-    group = documents()["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
-    assert settings.replica_range() == (group["minReplicas"], group["maxReplicas"])
+    group = job["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert workers == (group["minReplicas"], group["maxReplicas"])
     assert settings.output.startswith("s3://") and settings.input[0].startswith("s3://")
 
 
-def test_authentication_and_exposure() -> None:
-    cluster = documents()["RayJob"]["spec"]["rayClusterSpec"]
+@all_manifests
+def test_authentication_and_exposure(manifest: Path) -> None:
+    cluster = documents(manifest)["RayJob"]["spec"]["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
-    assert documents()["NetworkPolicy"]["spec"]["policyTypes"] == ["Ingress"]
-    assert not re.search(r"(?i)secret_access|api_key|password|AKIA", MANIFEST.read_text())
+    name = documents(manifest)["RayJob"]["metadata"]["name"]
+    policy = documents(manifest)["NetworkPolicy"]["spec"]
+    assert policy["podSelector"]["matchLabels"] == {"ray.io/originated-from-cr-name": name}
+    assert documents(manifest)["NetworkPolicy"]["spec"]["policyTypes"] == ["Ingress"]
+    assert not re.search(r"(?i)secret_access|api_key|password|AKIA", manifest.read_text())
 
 
-def test_one_preset_cache_for_all_nodes() -> None:
-    cluster = documents()["RayJob"]["spec"]["rayClusterSpec"]
+@all_manifests
+def test_one_preset_cache_for_all_nodes(manifest: Path) -> None:
+    cluster = documents(manifest)["RayJob"]["spec"]["rayClusterSpec"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = group["template"]["spec"]
         container = pod["containers"][0]
         environment = {entry["name"]: entry["value"] for entry in container["env"]}
         mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
         claims = {v["name"]: v.get("persistentVolumeClaim", {}).get("claimName") for v in pod["volumes"]}
-        assert claims[mounts[environment["S2S_RAY_CACHE"]]] == documents()["PersistentVolumeClaim"]["metadata"]["name"]
+        assert (
+            claims[mounts[environment["S2S_RAY_CACHE"]]]
+            == documents(manifest)["PersistentVolumeClaim"]["metadata"]["name"]
+        )
 
 
 def test_commands_of_the_readme_parse() -> None:

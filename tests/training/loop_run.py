@@ -1,7 +1,8 @@
 """One worker of training runs, for tests: `python loop_run.py RUNS.json` with RANK and WORLD_SIZE set.
 
 RUNS.json is a list of runs, done one after another in this process: preset, checkpoints, rows (of sources and labels),
-settings of the loop, and maybe `stop_at`, a step after which the process gives up as if it were killed.
+settings of the loop, and maybe `stop_at`, a step after which the process gives up as if it were killed, `dropout`,
+`lora` and `validation`.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from s2s_ray import Seq2SeqLM
+from s2s_ray.nn.lora import LoraSettings, add_lora
 from s2s_ray.storage import Location
 from s2s_ray.training.batches import Examples, Ragged
 from s2s_ray.training.checkpoint import Checkpoints
@@ -53,7 +55,13 @@ def run(spec: dict[str, Any], world: World | None = None) -> Loop:
         validation = Validation(**spec["validation"] | {"examples": examples_of(spec["validation"]["examples"])})
 
     def make_task() -> Seq2SeqLM:
-        return Seq2SeqLM.from_preset(spec["preset"])
+        task = Seq2SeqLM.from_preset(spec["preset"])
+        if "dropout" in spec:
+            for module in (task.backbone, *task.backbone.encoder_layers, *task.backbone.decoder_layers):
+                module.dropout = spec["dropout"]
+        if "lora" in spec:
+            add_lora(task.backbone, LoraSettings(**spec["lora"]))
+        return task
 
     loop = StoppingLoop(
         make_task,

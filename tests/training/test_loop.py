@@ -106,3 +106,76 @@ def test_a_run_that_was_stopped_continues_the_same_curve(spec: Spec, whole: loop
     assert curve(loop.log) == curve(whole.log)  # bit by bit
     ours, theirs = (run.replica.backbone.state_dict() for run in (loop, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_average_lora_and_recomputation_resume_bit_by_bit(spec: Spec, tmp_path: Path) -> None:
+    """With them the weights that are trained are not those of the checkpoint's preset, which evaluation sees."""
+    world = World(0, 1, torch.device("cpu"))
+    options = {"max_steps": 12, "checkpoint_every": 5, "average_decay": 0.9, "recompute_activations": True}
+    small = spec | {"lora": {"rank": 2, "dropout": 0.1}, "validation": {"examples": spec["rows"][:5]}}
+    whole = loop_run.run(changed(small, tmp_path / "whole", **options), world)
+    loop_run.run(changed(small, tmp_path / "broken", stop_at=7, **options), world)
+    loop = loop_run.run(changed(small, tmp_path / "broken", **options), world)
+    assert loop.start == 5 and curve(loop.log) == curve(whole.log)
+    assert loop.evaluations == whole.evaluations and [e["step"] for e in whole.evaluations] == [5, 10, 12]
+
+    plain = loop_run.run(changed(small, tmp_path / "plain", **options | {"recompute_activations": False}), world)
+    assert curve(plain.log) == pytest.approx(curve(whole.log), rel=1e-6)
+    saved = Seq2SeqLM.from_preset(tmp_path / "whole" / "step-00000012").backbone.state_dict()
+    started = Seq2SeqLM.from_preset(spec["preset"]).backbone.state_dict()
+    moved = {name for name, tensor in saved.items() if not torch.equal(tensor, started[name])}
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in moved} == {"query", "value"}
+    averaged = whole.average["encoder_layers.0.self_attention.query.lora_b"]
+    assert not torch.equal(averaged, whole.trainable["encoder_layers.0.self_attention.query.lora_b"])
+
+
+def test_training_stops_when_patience_runs_out_and_keeps_the_best(spec: Spec, tmp_path: Path) -> None:
+    world = World(0, 1, torch.device("cpu"))
+    options = {"max_steps": 40, "checkpoint_every": 2, "patience": 2}
+    options["optimizer"] = {"name": "sgd", "learning_rate": 40.0, "clip_norm": 1.0}  # far too large: it gets worse
+    small = spec | {"validation": {"examples": spec["rows"][:5]}}
+    loop = loop_run.run(changed(small, tmp_path / "a", **options), world)
+    losses = [e["val_loss"] for e in loop.evaluations]
+    best = loop.best_step()
+    assert losses[best // 2 - 1] == min(losses) and loop.log[-1]["step"] == best + 4 < 40
+    kept = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "a").iterdir())
+    assert kept == sorted({best, best + 2, best + 4})
+    again = loop_run.run(changed(small, tmp_path / "a", **options), world)
+    assert again.start == best + 4 and again.log == loop.log
+
+
+@pytest.mark.full
+def test_two_hundred_steps_follow_transformers(spec: Spec, tmp_path: Path) -> None:
+    """AdamW with warm-up and decay, no dropout; the same batches and learning rates in both."""
+    from transformers import BartForConditionalGeneration
+
+    optimizer = {"name": "adamw", "learning_rate": 5e-4, "epsilon": 1e-8, "weight_decay": 0.01,
+                 "schedule": "linear", "warmup_steps": 20, "clip_norm": 1.0}  # fmt: skip
+    options = {"optimizer": optimizer, "max_steps": 200, "batch_tokens": 600, "micro_batch_tokens": 600}
+    loop = loop_run.run(
+        changed(spec | {"dropout": 0.0}, tmp_path / "ours", **options), World(0, 1, torch.device("cpu"))
+    )
+    model = BartForConditionalGeneration.from_pretrained(spec["preset"]).eval()
+    groups = [
+        {"params": [p for p in model.parameters() if (p.ndim >= 2) == matrices], "weight_decay": 0.01 * matrices}
+        for matrices in (True, False)
+    ]
+    adamw = torch.optim.AdamW(groups, lr=5e-4, eps=1e-8)
+    losses = []
+    for step in range(200):
+        (rows,) = loop.steps.rows(step)
+        batch = loop.examples.collate(rows)
+        output = model(
+            input_ids=batch.inputs["encoder_token_ids"],
+            attention_mask=batch.inputs["encoder_padding_mask"],
+            labels=batch.labels.masked_fill(batch.weights == 0, -100),
+        )
+        losses.append(output.loss.item())
+        for group in adamw.param_groups:
+            group["lr"] = loop.log[step]["learning_rate"]
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad()
+    assert losses[-1] < 0.9 * losses[0]
+    assert curve(loop.log) == pytest.approx(losses, rel=1e-3)
