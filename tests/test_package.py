@@ -9,6 +9,9 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import s2s_ray
 
@@ -59,6 +62,22 @@ def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
     assert b"Apache License" in wheel.read(f"{info}/licenses/LICENSE")
+
+
+def test_the_lower_bounds_are_the_ones_that_are_tested() -> None:
+    """tests/lower-bounds.txt makes the environment of the lowest versions; a bound changed here alone is untested."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    extras = (requirement for extra in project["optional-dependencies"].values() for requirement in extra)
+    requirements = {canonicalize_name(r.name): r for r in map(Requirement, (*project["dependencies"], *extras))}
+    requirements.pop("s2s-ray")
+    lines = (ROOT / "tests" / "lower-bounds.txt").read_text("utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pins.keys() == requirements.keys()
+    for name, requirement in requirements.items():
+        (bound,) = (s.version for s in requirement.specifier if s.operator in (">=", "=="))
+        assert Version(bound.replace(".*", ".0")) == Version(pins[name]), name
+        assert pins[name] in requirement.specifier
 
 
 def test_the_version_is_one() -> None:

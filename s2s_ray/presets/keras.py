@@ -106,9 +106,10 @@ def _convert_preprocessor(source: Path, target: Path, config: Mapping[str, Any])
     settings = read_json_object(source / "tokenizer.json").get("config")
     prefix_space = isinstance(settings, dict) and settings.get("add_prefix_space") is True
     (target / "tokenizer_config.json").write_bytes(canonical_json({"add_prefix_space": prefix_space}))
-    Seq2SeqLMPreprocessor.from_directory(target).save(target)  # KerasHub does not save the lengths
+    preprocessor = Seq2SeqLMPreprocessor.from_directory(target)  # KerasHub does not save the lengths
     for name in vocabulary.values():
         (target / name).unlink()
+    preprocessor.save(target)
 
 
 def _special_tokens(target: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

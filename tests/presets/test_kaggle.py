@@ -69,7 +69,7 @@ def kaggle(tmp_path: Path) -> Iterator[type[Kaggle]]:
 
 
 def resolve_elsewhere(url: str, home: Path, *handles: str) -> list[dict[str, str]]:
-    """`presets.resolve` of each handle in a process whose kagglehub asks `url` (its test environment's port is fixed)."""
+    """`presets.resolve` of each handle in a process whose kagglehub asks `url`."""
     code = (
         "import json, sys; from kagglesdk import kaggle_env as k; from s2s_ray import presets\n"
         "from s2s_ray.errors import S2SRayError\n"
