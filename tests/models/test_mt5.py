@@ -6,11 +6,11 @@ from transformers import MT5Config
 
 from s2s_ray.models.mt5 import MT5Backbone
 from tests.models.contract import check_family
-from tests.models.test_t5 import SIZES, lively
+from tests.models.test_t5 import SIZES, with_own_head
 
 
 def test_mt5_is_transformers_mt5(tmp_path: Path) -> None:
-    check_family(MT5Config(**SIZES), tmp_path, stop_bias=2.0, adjust=lively)
+    check_family(MT5Config(**SIZES), tmp_path, stop_bias=2.0, adjust=with_own_head)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from s2s_ray.training.batches import Examples, Ragged
 from s2s_ray.training.optimizers import OptimizerSettings
 from s2s_ray.training.step import Totals, TrainStep
 from tests.models.contract import reference_logits, reference_model
-from tests.models.test_t5 import T5_1_1, batch, config, lively
+from tests.models.test_t5 import T5_1_1, batch, config, with_own_head
 
 WORDS = ["alpha", "index", "string", "module"]
 PAIRS = {"encoder_text": [f"say {word}" for word in WORDS] * 4, "decoder_text": WORDS * 4}
@@ -33,7 +33,7 @@ def preset(tmp_path_factory: pytest.TempPathFactory, english_text: list[str]) ->
     pieces = [trainer.id_to_token(i) for i in range(trainer.get_vocab_size())]
     T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=4).save_pretrained(directory)
     sizes = {**T5_1_1, "vocab_size": 224, "num_decoder_layers": 1}
-    reference_model(config(**sizes), stop_bias=2.0, adjust=lively).save_pretrained(directory)
+    reference_model(config(**sizes), stop_bias=2.0, adjust=with_own_head).save_pretrained(directory)
     return directory
 
 

@@ -6,7 +6,7 @@ from transformers import UMT5Config
 
 from s2s_ray.models.umt5 import UMT5Backbone
 from tests.models.contract import check_family
-from tests.models.test_t5 import SIZES, lively
+from tests.models.test_t5 import SIZES, with_own_head
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from tests.models.test_t5 import SIZES, lively
     ],
 )
 def test_umt5_is_transformers_umt5(changes: dict[str, Any], tmp_path: Path) -> None:
-    check_family(UMT5Config(**(SIZES | changes)), tmp_path, stop_bias=2.0, adjust=lively)
+    check_family(UMT5Config(**(SIZES | changes)), tmp_path, stop_bias=2.0, adjust=with_own_head)
 
 
 @pytest.mark.parametrize(
