@@ -11,7 +11,7 @@ from s2s_ray.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from s2s_ray.seq2seq_lm import Seq2SeqLM
 
-_SHARED = {"backbone", "config", "loading"}
+_SHARED = {"backbone", "bart_like", "config", "loading"}
 
 
 def families() -> list[str]:

@@ -171,6 +171,10 @@ class Backbone(nn.Module, ABC):
         self.unpack()
         return super()._apply(fn, recurse)
 
+    def aliases(self, name: str) -> tuple[str, ...]:
+        """Other names under which a checkpoint may hold, or repeat, the tensor that it calls `name`."""
+        return self.checkpoint_aliases.get(name, ())
+
     def checkpoint_name(self, name: str) -> str:
         """The name a parameter of ours has in the family's checkpoints."""
         for ours, theirs in self.checkpoint_names:

@@ -19,11 +19,11 @@ _ACTIVATIONS = {
 }
 
 
-def integer(config: Mapping[str, Any], key: str) -> int:
-    """A size from the config. Raises PresetError when it is missing or not a whole number from 1 to 2**24."""
+def integer(config: Mapping[str, Any], key: str, *, most: int = _MAX_DIMENSION) -> int:
+    """A size from the config. Raises PresetError when it is missing or not a whole number from 1 to `most`."""
     value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_DIMENSION:
-        raise PresetError(f"config.json: {key} must be a whole number from 1 to {_MAX_DIMENSION}. Received: {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise PresetError(f"config.json: {key} must be a whole number from 1 to {most}. Received: {value!r}")
     return value
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from s2s_ray.errors import PresetIntegrityError, SettingsError
 from s2s_ray.jsonio import canonical_json
 from s2s_ray.models.backbone import Backbone
+from s2s_ray.nn.positions import SinusoidalPositions
 from s2s_ray.presets.weights import FLOAT_DTYPES, WeightFiles
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,7 +91,7 @@ def _match(backbone: Backbone, files: WeightFiles) -> dict[str, str | None]:
     used = set(_spellings(files, backbone.checkpoint_ignored))
     for ours, tensor in backbone.state_dict().items():
         name = backbone.checkpoint_name(ours)
-        aliases = _spellings(files, (name, *backbone.checkpoint_aliases.get(name, ())))
+        aliases = _spellings(files, (name, *backbone.aliases(name)))
         found = next((alias for alias in aliases if alias in files.tensors), None)
         used.update(aliases)
         if found is None and ours not in backbone.optional_parameters:
@@ -123,7 +124,7 @@ def _check_repeats(backbone: Backbone, files: WeightFiles, sources: Mapping[str,
     """Tensors that the model shares must be equal where the checkpoint holds several copies of them."""
     taken = set(sources.values())
     for ours, found in sources.items():
-        aliases = backbone.checkpoint_aliases.get(backbone.checkpoint_name(ours), ())
+        aliases = backbone.aliases(backbone.checkpoint_name(ours))
         for alias in _spellings(files, aliases):
             if found is None or alias in taken or alias not in files.tensors:
                 continue
@@ -145,7 +146,11 @@ def _fill(backbone: Backbone, files: WeightFiles, sources: Mapping[str, str | No
     by_file: dict[Path, list[tuple[str, str]]] = {}
     for ours, found in sources.items():
         if found is None:
-            state[ours].zero_()
+            owner = backbone.get_submodule(ours.rpartition(".")[0])
+            if isinstance(owner, SinusoidalPositions):
+                owner.reset()
+            else:
+                state[ours].zero_()
         else:
             by_file.setdefault(files.directory / files.tensors[found].file, []).append((ours, found))
     for path, names in by_file.items():

@@ -1,12 +1,13 @@
 """Position embeddings and relative position biases. The caller gives positions; no layer counts them.
 
-Dimensions: H heads.
+Dimensions: D model, H heads.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class LearnedPositions(nn.Embedding):
@@ -19,6 +20,52 @@ class LearnedPositions(nn.Embedding):
     def forward(self, positions: Tensor) -> Tensor:
         """positions int64 `[...]`, from 0, to `[..., D]`."""
         return super().forward(positions + self.offset)
+
+
+class SinusoidalPositions(nn.Module):
+    """Marian's table: row p holds sin(p / 10000 ** (2i / D)) in its first half and the cosines in its second.
+
+    The table is part of the checkpoint where one holds it; `reset` computes it, in fp64, where none does.
+    """
+
+    weight: Tensor
+
+    def __init__(self, num_positions: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(num_positions, hidden_dim))
+        self.reset()
+
+    def reset(self) -> None:
+        """Compute the table in place; nothing on the meta device."""
+        if self.weight.is_meta:
+            return
+        count, dim = self.weight.shape
+        angles = torch.arange(count, dtype=torch.float64)[:, None] / 10000 ** (torch.arange(0, dim, 2).double() / dim)
+        cosines = angles[:, : dim // 2].cos()  # one less than sines where D is odd
+        self.weight.copy_(torch.cat((angles.sin(), cosines), dim=1).float())
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """positions int64 `[...]`, from 0, to `[..., D]`."""
+        return F.embedding(positions, self.weight)
+
+
+class UnboundedSinusoids(nn.Module):
+    """fairseq's sinusoids, computed for whatever position comes: sines, then cosines, of (p + offset) * w, w falling
+    geometrically from 1 to 1 / 10000; a last 0 where D is odd.
+    """
+
+    def __init__(self, hidden_dim: int, *, offset: int) -> None:
+        super().__init__()
+        self.hidden_dim = hidden_dim
+        self.offset = offset
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """positions int64 `[...]`, from 0, to fp32 `[..., D]`."""
+        half = self.hidden_dim // 2
+        steps = torch.arange(half, device=positions.device).float()
+        frequencies = torch.exp(steps * -(math.log(10000) / max(half - 1, 1)))
+        angles = (positions + self.offset).float()[..., None] * frequencies
+        return F.pad(torch.cat((angles.sin(), angles.cos()), dim=-1), (0, self.hidden_dim % 2))
 
 
 class RelativeBias(nn.Embedding):

@@ -27,12 +27,12 @@ def config(**changes: Any) -> BartConfig:
     ("changes", "stop_bias"),
     [
         pytest.param({}, 0.0, id="plain"),
-        pytest.param({}, 6.0, id="ragged-output-and-logits-bias"),
-        pytest.param({"encoder_layers": 3, "decoder_layers": 1}, 5.0, id="distilbart"),
-        pytest.param({"scale_embedding": True, "activation_function": "relu"}, 5.0, id="scaled-relu"),
-        pytest.param({"tie_word_embeddings": False, "activation_function": "gelu_new"}, 5.0, id="own-head"),
+        pytest.param({}, 3.0, id="ragged-output-and-logits-bias"),
+        pytest.param({"encoder_layers": 3, "decoder_layers": 1}, 1.0, id="distilbart"),
+        pytest.param({"scale_embedding": True, "activation_function": "relu"}, 3.0, id="scaled-relu"),
+        pytest.param({"tie_word_embeddings": False, "activation_function": "gelu_new"}, 1.0, id="own-head"),
         pytest.param(
-            {"encoder_attention_heads": 8, "decoder_attention_heads": 2, "decoder_ffn_dim": 40}, 5.0, id="heads"
+            {"encoder_attention_heads": 8, "decoder_attention_heads": 2, "decoder_ffn_dim": 40}, 2.0, id="heads"
         ),
     ],
 )
