@@ -1,10 +1,12 @@
-"""T5's relative bias against transformers' buckets, and its table against the whole matrix."""
+"""Sinusoids against transformers' tables; T5's relative bias against its buckets, and its own table."""
 
 import pytest
 import torch
+from transformers.models.m2m_100.modeling_m2m_100 import M2M100SinusoidalPositionalEmbedding
+from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from s2s_ray.nn.positions import RelativeBias
+from s2s_ray.nn.positions import RelativeBias, SinusoidalPositions, UnboundedSinusoids
 
 H = 3
 
@@ -44,3 +46,16 @@ def test_every_use_of_a_bucket_adds_to_its_gradient() -> None:
     bias(5).sum().backward()
     assert bias.weight.grad is not None
     assert torch.equal(bias.weight.grad.sum(dim=0), torch.full((H,), 25.0))
+
+
+@pytest.mark.parametrize("width", [16, 17])
+def test_marians_table_is_transformers(width: int) -> None:
+    ours = SinusoidalPositions(512, width)
+    assert torch.equal(ours.weight, MarianSinusoidalPositionalEmbedding(512, width).create_weight())
+    assert torch.equal(ours(torch.tensor([[3, 511]])), ours.weight[[3, 511]][None])
+
+
+@pytest.mark.parametrize("width", [16, 17])
+def test_unbounded_sinusoids_are_transformers(width: int) -> None:
+    theirs = M2M100SinusoidalPositionalEmbedding.get_embedding(1000, width, padding_idx=1)
+    assert (UnboundedSinusoids(width, offset=2)(torch.arange(998)) - theirs[2:]).abs().max() <= 1e-6
