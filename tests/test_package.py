@@ -41,18 +41,18 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: zipfile.ZipFile) -> No
     assert "s2s_ray/py.typed" in held
 
 
-def test_the_wheel_holds_the_sample_and_the_built_in_preset(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_holds_the_samples_and_the_built_in_presets(wheel: zipfile.ZipFile) -> None:
     from s2s_ray import presets
 
     names = wheel.namelist()
-    parts = [name for name in names if name.startswith("s2s_ray/samples/") and name.endswith(".parquet")]
-    assert len(parts) >= 2
-    preset = f"s2s_ray/presets/builtin/{presets.DEFAULT_SUMMARIZER}"
-    if not (ROOT / preset).is_dir():
-        pytest.skip("the built-in preset is not in this checkout yet")
-    for file in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors", "manifest.json"):
-        assert f"{preset}/{file}" in names
-    assert wheel.getinfo(f"{preset}/model.safetensors").file_size <= 16 * 2**20
+    for sample in ("package_descriptions", "package_translations"):
+        folder = f"s2s_ray/samples/{sample}/"
+        assert len([name for name in names if name.startswith(folder) and name.endswith(".parquet")]) >= 2
+    for name in (presets.DEFAULT_SUMMARIZER, presets.DEFAULT_TRANSLATOR):
+        preset = f"s2s_ray/presets/builtin/{name}"
+        for file in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors", "manifest.json"):
+            assert f"{preset}/{file}" in names
+        assert wheel.getinfo(f"{preset}/model.safetensors").file_size <= 16 * 2**20
 
 
 def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:

@@ -87,7 +87,16 @@ def train(table: pa.Table, validation: pa.Table) -> list[Path]:
         seconds=args.seconds,
         seed=args.seed,
     )
+    declare_languages(task)
     return save_candidates(task, keep, args.output)
+
+
+def declare_languages(task: Seq2SeqLM) -> None:
+    """What the saved preset's preprocessor knows besides the tokens: English sources, and German unless told."""
+    preprocessor = task.preprocessor
+    assert preprocessor is not None and preprocessor.languages is not None
+    preprocessor.languages.sources = ["en"]
+    preprocessor.source_lang, preprocessor.target_lang = "en", "de"
 
 
 def bleu(preset: Path, rows: pa.Table, num_beams: int) -> float:
@@ -95,8 +104,9 @@ def bleu(preset: Path, rows: pa.Table, num_beams: int) -> float:
     from sacrebleu.metrics import BLEU
 
     task = Seq2SeqLM.from_preset(preset, device=args.device)
-    translations = task.generate(marked(rows), num_beams=num_beams)
-    score = BLEU().corpus_score(translations, [rows.column("target").to_pylist()]).score
+    sources, targets, languages = (rows.column(name).to_pylist() for name in ("source", "target", "language"))
+    translations = task.generate(sources, target_lang=languages, num_beams=num_beams)
+    score = BLEU().corpus_score(translations, [targets]).score
     print(f"{preset.name}, {num_beams} beams: validation BLEU {score:.2f} on {len(rows)} rows", flush=True)
     return float(score)
 

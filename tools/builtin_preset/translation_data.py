@@ -10,6 +10,7 @@ languages have equally many; training has messages of programs' gettext catalogu
 
 import argparse
 import io
+import itertools
 import json
 import re
 import struct
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import data
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from data import Pair
@@ -45,6 +47,7 @@ CATALOGUES = [
     "util-linux-locales",
 ]
 SHORTEST_MESSAGE = 3  # words
+SAMPLE_ROWS = 200
 MNEMONIC = re.compile(r"(?<!\w)[_&~]\w|\w[_&~](?!\w)|<[^>]+>|\x04|\\[nt]")  # of menus; and markup
 
 
@@ -193,10 +196,23 @@ def documents_table(documents: list[Document]) -> pa.Table:
     return pa.table(columns, schema=pa.schema([(name, pa.string()) for name in columns]))
 
 
+def write_sample(documents: pa.Table, folder: Path) -> None:
+    """The sample that ships: SAMPLE_ROWS test descriptions with a German translation, those in all languages first."""
+    translated = documents.filter(documents.column("de").is_valid())
+    order = np.argsort([sum(row[name] is None for name in LANGUAGES) for row in translated.to_pylist()], kind="stable")
+    table = translated.take(np.sort(order[:SAMPLE_ROWS]))
+    folder.mkdir(parents=True, exist_ok=True)
+    cuts = [0, SAMPLE_ROWS // 2, SAMPLE_ROWS // 2 + 7, len(table)]
+    for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        part = table.slice(start, stop - start)
+        pq.write_table(part, folder / f"part-{number:05d}.parquet", compression="zstd", compression_level=19)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suites", nargs="+", default=list(data.SUITES))
     parser.add_argument("--output", type=Path, default=Path(".data/translation"))
+    parser.add_argument("--sample", type=Path, help="also write the sample that ships, into this folder")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     documents = read_documents(args.suites, args.output)
@@ -212,7 +228,10 @@ def main() -> None:
         pq.write_table(to_table(rows), args.output / f"{name}.parquet", compression="zstd")
         report[name] = dict(sorted(Counter(f"{row.language} {row.kind}" for row in rows).items()))
         report[f"{name} descriptions"] = Counter(k for d in documents[name] for k in d.translations)
-    pq.write_table(documents_table(documents["test"]), args.output / "documents.parquet", compression="zstd")
+    whole = documents_table(documents["test"])
+    pq.write_table(whole, args.output / "documents.parquet", compression="zstd")
+    if args.sample:
+        write_sample(whole, args.sample)
     print(json.dumps(report, indent=1))
 
 
