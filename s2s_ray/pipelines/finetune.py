@@ -125,7 +125,7 @@ def _train(prepared: Prepared) -> dict[str, Any]:
     job = TokenJob(settings, prepared.preset_digest, prepared.ledger.root / "tokens")
     with ray_session(settings.address):
         data = {"train": tokenise("train", prepared.units, prepared.counts, job)}
-        sample: list[list[str]] = [[], []]
+        sample: list[list[str] | None] = [[], [], None, None]
         if prepared.validation_units:
             units = prepared.validation_units
             data["validation"] = tokenise("validation", units, [len(units)], job)
@@ -177,19 +177,22 @@ def _write_adapter(prepared: Prepared, checkpoint: Path) -> None:
             (prepared.output / "adapter" / path.name).upload(path)
 
 
-def validation_sample(units: Sequence[Unit], settings: FinetuneSettings) -> list[list[str]]:
-    """(sources, references): up to `evaluate_rows` usable pairs, from units spread evenly over the validation data."""
-    wanted = settings.evaluate_rows
+def validation_sample(units: Sequence[Unit], settings: FinetuneSettings) -> list[list[str] | None]:
+    """[sources, references, source languages, target languages]: up to `evaluate_rows` usable pairs, from units spread
+    evenly over the validation data; None where languages have no column.
+    """
     chosen = units[:: max(1, len(units) // 8)]
-    sources: list[str] = []
-    references: list[str] = []
+    rows: list[tuple[Any, ...]] = []
     for number, unit in enumerate(chosen, start=1):
-        for texts, targets in read_pairs(unit, settings):
-            for text, target in zip(texts, targets, strict=True):
-                if len(sources) < wanted * number // len(chosen) and _is_text(text) and _is_text(target):
-                    sources.append(text.decode())
-                    references.append(target.decode())
-    return [sources, references]
+        for pairs in read_pairs(unit, settings):
+            none = [None] * len(pairs.sources)
+            columns = pairs.sources, pairs.targets, pairs.source_lang or none, pairs.target_lang or none
+            usable = [row for row in zip(*columns, strict=True) if _is_text(row[0]) and _is_text(row[1])]
+            rows += usable[: settings.evaluate_rows * number // len(chosen) - len(rows)]
+    sources, references = ([row[i].decode() for row in rows] for i in (0, 1))
+    named = (settings.source_lang_column, settings.target_lang_column)
+    languages = [None if name is None else [row[i] for row in rows] for i, name in enumerate(named, start=2)]
+    return [sources, references, *languages]
 
 
 def _is_text(value: bytes | None) -> bool:

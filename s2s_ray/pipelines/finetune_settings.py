@@ -29,6 +29,10 @@ class FinetuneSettings:
     text_column: str = setting("text", "column with the source text (string, or binary read as UTF-8)")
     summary_column: str = setting("summary", "column with the target text")
     source_prefix: str | None = setting(None, "text put before every source, such as T5's 'summarize: '")
+    source_lang: str | None = setting(None, "language of the sources, where the preset has languages")
+    target_lang: str | None = setting(None, "language of the targets")
+    source_lang_column: str | None = setting(None, "column with each pair's source language, for several in one input")
+    target_lang_column: str | None = setting(None, "column with each pair's target language")
     max_source_length: int | None = setting(
         None, "longest source, special tokens included; longer ones are cut and counted", int, unit="tokens"
     )
@@ -138,6 +142,11 @@ class FinetuneSettings:
                 require(value is None, name, "given with --validation-input", value)
         if self.strategy == "fsdp":
             require(self.optimizer != "adafactor", "optimizer", "adamw, adam or sgd with --strategy fsdp", "adafactor")
+
+    def columns(self) -> list[str]:
+        """What is read: the source and target texts, and the languages' columns where they are named."""
+        languages = (self.source_lang_column, self.target_lang_column)
+        return [self.text_column, self.summary_column, *(name for name in languages if name is not None)]
 
     def weights(self) -> tuple[float, ...] | None:
         """The numbers of --input-weights."""

@@ -51,7 +51,12 @@ def build_task(directory: Path, settings: FinetuneSettings) -> "Seq2SeqLM":
     from s2s_ray.nn.lora import add_lora
     from s2s_ray.seq2seq_lm import Seq2SeqLM
 
-    task = Seq2SeqLM.from_preset(directory, source_prefix=settings.source_prefix)
+    task = Seq2SeqLM.from_preset(
+        directory,
+        source_prefix=settings.source_prefix,
+        source_lang=settings.source_lang,
+        target_lang=settings.target_lang,
+    )
     if settings.dropout is not None:
         backbone: Any = task.backbone
         for module in (backbone, *backbone.encoder_layers, *backbone.decoder_layers):
@@ -155,7 +160,7 @@ def _examples(config: dict[str, Any], name: str, task: "Seq2SeqLM", world: "Worl
                 _download(source / path.name, path)
         world.gather(local_rank)  # until all nodes have them
     assert task.preprocessor is not None
-    return open_shards(paths, task.preprocessor.decoder_start_token_id, task.preprocessor.tokenizer.pad_token_id)
+    return open_shards(paths, task.preprocessor.tokenizer.pad_token_id)
 
 
 def _download(source: Location, target: Path) -> None:
@@ -170,12 +175,17 @@ def _validation(
 ) -> "Validation":
     from s2s_ray.training.evaluation import Validation
 
+    sources, references, source_lang, target_lang = config["sample"]
     generation = {"num_beams": settings.num_beams, "max_new_tokens": settings.max_target_length}
-    sources, references = config["sample"]
     return Validation(
         examples=_examples(config, "validation", task, world, local_rank),
         sources=sources,
         references=references,
         metrics=settings.metrics or (),
         generation={name: value for name, value in generation.items() if value is not None},
+        languages={
+            name: column
+            for name, column in (("source_lang", source_lang), ("target_lang", target_lang))
+            if column is not None
+        },
     )

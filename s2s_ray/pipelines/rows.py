@@ -91,11 +91,11 @@ class Job:
     def preprocessor(self) -> Seq2SeqLMPreprocessor:
         """Of the job's preset, from this node's cache; loaded once per process."""
         options = tuple(self.settings.preprocessing().items())
-        return load_preprocessor(self.settings.preset, self.preset_digest, options)
+        return _preprocessor(self.settings.preset, self.preset_digest, options)
 
 
 @lru_cache(maxsize=2)
-def load_preprocessor(preset: str, digest: str, options: tuple[tuple[str, Any], ...]) -> Seq2SeqLMPreprocessor:
+def _preprocessor(preset: str, digest: str, options: tuple[tuple[str, Any], ...]) -> Seq2SeqLMPreprocessor:
     resolved = presets.resolve(preset, expected_digest=digest)
     return Seq2SeqLMPreprocessor.from_directory(resolved.directory, **dict(options))
 

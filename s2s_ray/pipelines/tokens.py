@@ -8,24 +8,27 @@ No torch when imported: this runs in CPU tasks.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
 
+from s2s_ray import presets
 from s2s_ray.errors import ErrorRateExceededError, InputError, RowErrorReason
 from s2s_ray.pipelines import plan as planning
 from s2s_ray.pipelines.cluster import TASK_CPUS, execute
 from s2s_ray.pipelines.finetune_settings import FinetuneSettings
 from s2s_ray.pipelines.inputs import Footer, InputFile, is_text, read_footers
 from s2s_ray.pipelines.plan import Unit
-from s2s_ray.pipelines.rows import load_preprocessor, read_piece, text_bytes
+from s2s_ray.pipelines.rows import read_piece, text_bytes
 from s2s_ray.storage import Location, canonical_json, strict_json
+from s2s_ray.text.preprocessor import Seq2SeqLMPreprocessor
 
-_SCHEMA = pa.schema([("source", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])  # training/shards.py reads it
+# What training/shards.py reads.
+_SCHEMA = pa.schema([("source", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("start", pa.int32())])
 EMPTY = "EMPTY"  # a source or target without text teaches nothing
 
 
@@ -94,48 +97,71 @@ def tokenise_unit(row: dict[str, Any], name: str, job: TokenJob) -> dict[str, An
     """A unit's descriptor to its file of ids; a rerun writes the same bytes. Runs as a CPU task."""
     unit = Unit.decode(row["descriptor"])
     settings = job.settings
-    preprocessor = load_preprocessor(settings.preset, job.preset_digest, (("source_prefix", settings.source_prefix),))
-    sources: list[list[int]] = []
-    labels: list[list[int]] = []
+    preprocessor = _preprocessor(settings, job.preset_digest)
+    columns: tuple[list[list[int]], list[list[int]], list[int]] = ([], [], [])
     skipped: Counter[str] = Counter()
     truncated = [0, 0]
-    for texts, targets in read_pairs(unit, settings):
-        encoded = preprocessor.try_encode_sources(texts, settings.max_source_length)
-        checked = preprocessor.try_encode_sources(targets, settings.max_target_length)
-        reasons = [_reason(*pair) for pair in zip(encoded, checked, texts, targets, strict=True)]
+    for pairs in read_pairs(unit, settings):
+        routes = preprocessor.try_routes(len(pairs.sources), pairs.source_lang, pairs.target_lang)
+        encoded = preprocessor.try_encode_sources(pairs.sources, settings.max_source_length, routes)
+        checked = preprocessor.try_encode_sources(pairs.targets, settings.max_target_length, routes)
+        reasons = [_reason(*row) for row in zip(encoded, checked, pairs.sources, pairs.targets, strict=True)]
         skipped.update(reason for reason in reasons if reason is not None)
         good = [i for i, reason in enumerate(reasons) if reason is None]
+        routes = [routes[i] for i in good]
+        targets: list[Any] = [pairs.targets[i] for i in good]
         before = preprocessor.truncated_targets
-        labels += preprocessor.encode_targets([targets[i] for i in good], settings.max_target_length)
-        sources += [encoded[i].token_ids for i in good]
+        columns[0].extend(encoded[i].token_ids for i in good)
+        columns[1].extend(preprocessor.encode_targets(targets, settings.max_target_length, routes))
+        columns[2].extend(preprocessor.decoder_starts(routes))
         truncated[0] += sum(encoded[i].truncated for i in good)
         truncated[1] += preprocessor.truncated_targets - before
-    (job.directory / _file_name(name, unit.id)).write_atomic(_encode(sources, labels))
-    tokens = [sum(map(len, side)) for side in (sources, labels)]
-    result = {"pairs": len(sources), "skipped": dict(skipped), "truncated": truncated, "tokens": tokens}
+    (job.directory / _file_name(name, unit.id)).write_atomic(_encode(*columns))
+    tokens = [sum(map(len, side)) for side in columns[:2]]
+    result = {"pairs": len(columns[0]), "skipped": dict(skipped), "truncated": truncated, "tokens": tokens}
     return {"unit": unit.id, "result": canonical_json(result)}
 
 
-def _encode(sources: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> bytes:
+@lru_cache(maxsize=2)
+def _preprocessor(settings: FinetuneSettings, digest: str) -> Seq2SeqLMPreprocessor:
+    return Seq2SeqLMPreprocessor.from_directory(
+        presets.resolve(settings.preset, expected_digest=digest).directory,
+        source_prefix=settings.source_prefix,
+        source_lang=settings.source_lang,
+        target_lang=settings.target_lang,
+    )
+
+
+def _encode(sources: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], starts: Sequence[int]) -> bytes:
     """An uncompressed Arrow file, which is mapped into memory as it is."""
-    batch = pa.record_batch([pa.array(side, pa.list_(pa.int32())) for side in (sources, labels)], schema=_SCHEMA)
+    arrays = [pa.array(c, f.type) for c, f in zip((sources, labels, starts), _SCHEMA, strict=True)]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, _SCHEMA) as writer:
-        writer.write_batch(batch)
+        writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
     return bytes(sink.getvalue())
 
 
-def read_pairs(unit: Unit, settings: FinetuneSettings) -> "list[tuple[list[Any], list[Any]]]":
-    """(source texts, target texts) of each piece of a unit, as bytes; None for null."""
-    columns = [settings.text_column, settings.summary_column]
-    pairs = []
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Texts as bytes, None for null; languages of each, or None without --source-lang-column, --target-lang-column."""
+
+    sources: list[bytes | None]
+    targets: list[bytes | None]
+    source_lang: list[str | None] | None
+    target_lang: list[str | None] | None
+
+
+def read_pairs(unit: Unit, settings: FinetuneSettings) -> Iterator[Pairs]:
+    """The pairs of each piece of a unit."""
     for piece in unit.pieces:
         try:
-            table = read_piece(piece, columns)
+            table = read_piece(piece, settings.columns())
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise InputError(f"{piece.file.url}: row group {piece.row_group} cannot be read: {error}") from error
-        pairs.append((text_bytes(table.column(0)), text_bytes(table.column(1))))
-    return pairs
+        languages = (settings.source_lang_column, settings.target_lang_column)
+        source, target = (None if name is None else table.column(name).to_pylist() for name in languages)
+        texts, targets = (text_bytes(table.column(name)) for name in settings.columns()[:2])
+        yield Pairs(texts, targets, source, target)
 
 
 def _reason(source: Any, target: Any, source_text: bytes | None, target_text: bytes | None) -> str | None:
@@ -149,7 +175,14 @@ def _reason(source: Any, target: Any, source_text: bytes | None, target_text: by
 
 def _check_columns(footer: Footer, settings: FinetuneSettings, what: str) -> None:
     names = footer.schema.names
-    for flag, name in (("--text-column", settings.text_column), ("--summary-column", settings.summary_column)):
+    for flag, name in (
+        ("--text-column", settings.text_column),
+        ("--summary-column", settings.summary_column),
+        ("--source-lang-column", settings.source_lang_column),
+        ("--target-lang-column", settings.target_lang_column),
+    ):
+        if name is None:
+            continue
         if names.count(name) != 1 or not is_text(footer.schema.field(name).type):
             kind = footer.schema.field(name).type if names.count(name) == 1 else f"{names.count(name)} columns"
             raise InputError(

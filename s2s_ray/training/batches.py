@@ -155,12 +155,13 @@ class RaggedParts(Ragged):
 class Examples:
     """Source and label ids with the special tokens, one pair a row.
 
-    `start` and `pad` are the decoder's start id and the padding id; `widths` (S, T) pads every batch to one size.
+    `start` is the id the decoder starts from, one for all rows or int32 `[rows]`, and `pad` the padding id; `widths`
+    (S, T) pads every batch to one size.
     """
 
     sources: Ragged
     labels: Ragged
-    start: int
+    start: int | NDArray[np.int32]
     pad: int
     widths: tuple[int, int] | None = None
 
@@ -169,9 +170,8 @@ class Examples:
 
     def slice(self, start: int, stop: int) -> "Examples":
         """Rows `start` to `stop`."""
-        return Examples(
-            self.sources.slice(start, stop), self.labels.slice(start, stop), self.start, self.pad, self.widths
-        )
+        starts = self.start if isinstance(self.start, int) else self.start[start:stop]
+        return Examples(self.sources.slice(start, stop), self.labels.slice(start, stop), starts, self.pad, self.widths)
 
     def collate(self, rows: Sequence[int] | NDArray[np.int64], multiple: int = 1) -> Batch:
         """The rows as a padded batch; widths are rounded up to a multiple of `multiple`.
@@ -181,7 +181,8 @@ class Examples:
         s, t = self.sources.lengths[rows], self.labels.lengths[rows]
         width_s, width_t = self.widths or tuple(-(-int(lengths.max()) // multiple) * multiple for lengths in (s, t))
         labels = self.labels.pad(rows, width_t, self.pad)
-        decoder = np.concatenate([np.full((len(rows), 1), self.start), labels[:, :-1]], axis=1)
+        starts = np.broadcast_to(self.start if isinstance(self.start, int) else self.start[rows], len(rows))
+        decoder = np.concatenate([starts[:, None].astype(np.int64), labels[:, :-1]], axis=1)
         mask = np.arange(width_t) < t[:, None]
         inputs = {
             "encoder_token_ids": torch.from_numpy(self.sources.pad(rows, width_s, self.pad)),

@@ -20,13 +20,17 @@ LOSS = "val_loss"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """Pairs for the loss; and source texts with references for the metrics named, generated with `generation`."""
+    """Pairs for the loss; and source texts with references for the metrics named, generated with `generation`.
+
+    languages: `source_lang` and `target_lang` of each source, where they have any.
+    """
 
     examples: Examples
     sources: Sequence[str] = ()
     references: Sequence[str] = ()
     metrics: tuple[str, ...] = ()
     generation: Mapping[str, Any] = field(default_factory=dict)
+    languages: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def evaluate(task: Seq2SeqLM, validation: Validation, world: World, batch_tokens: int) -> dict[str, Any]:
@@ -39,7 +43,8 @@ def evaluate(task: Seq2SeqLM, validation: Validation, world: World, batch_tokens
         return figures
     mine = slice(world.rank, None, world.size)
     sources = list(validation.sources[mine])
-    answers = task.generate(sources, **validation.generation) if sources else []
+    languages: dict[str, Any] = {name: list(column[mine]) for name, column in validation.languages.items()}
+    answers = task.generate(sources, **validation.generation, **languages) if sources else []
     shares = world.gather(answers)
     texts = [shares[row % world.size][row // world.size] for row in range(len(validation.sources))]
     scores = metrics.corpus_scores(validation.metrics, texts, validation.references)

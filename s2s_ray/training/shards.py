@@ -9,23 +9,26 @@ import pyarrow as pa
 from s2s_ray.errors import InfrastructureError
 from s2s_ray.training.batches import Examples, Ragged, RaggedParts
 
-COLUMNS = ("source", "labels")  # lists of int32, special tokens included; one record batch a file
+# Lists of int32, special tokens included; beside them `start`, what the row's decoder starts from. One batch a file.
+COLUMNS = ("source", "labels")
 
 
-def open_shards(paths: Sequence[Path], start: int, pad: int) -> Examples:
-    """The pairs of these files, in order; `start` and `pad` as in Examples. Raises InfrastructureError for damage."""
+def open_shards(paths: Sequence[Path], pad: int) -> Examples:
+    """The pairs of these files, in order; `pad` as in Examples. Raises InfrastructureError for damage."""
     sides: tuple[list[Ragged], list[Ragged]] = ([], [])
+    starts = [np.empty(0, np.int32)]
     for path in paths:
         try:
             batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
             batch.validate(full=True)
             for side, name in zip(sides, COLUMNS, strict=True):
                 side.append(_ragged(batch.column(name)))
+            starts.append(batch.column("start").to_numpy())
         except (pa.ArrowException, OSError, KeyError) as error:
             raise InfrastructureError(
                 f"{path} must be a file of token ids: {error}. Delete it, and run again"
             ) from error
-    return Examples(RaggedParts(sides[0]), RaggedParts(sides[1]), start, pad)
+    return Examples(RaggedParts(sides[0]), RaggedParts(sides[1]), np.concatenate(starts), pad)
 
 
 def _ragged(column: pa.ListArray) -> Ragged:
