@@ -68,6 +68,20 @@ MARIAN = BART_LIKE | {
 }
 MBART = BART_LIKE | {"scale_embedding": True}
 PEGASUS = BART_LIKE | {"activation_function": "relu", "scale_embedding": True}
+T5 = {
+    "vocab_size": 61,
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_decoder_layers": 1,
+    "num_heads": 2,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "decoder_start_token_id": 0,
+    "initializer_factor": 3.0,
+}
+GATED = T5 | {"feed_forward_proj": "gated-gelu"}
 GOLDENS = {
     "bart": Golden("bart", BART_LIKE, 3.0, {"forced_bos_token_id": 0}),
     "bart-untied": Golden("bart", BART_LIKE | {"tie_word_embeddings": False}, 1.5),
@@ -81,6 +95,10 @@ GOLDENS = {
     "pegasus": Golden("pegasus", PEGASUS, 1.25),
     "m2m_100": Golden("m2m_100", BART_LIKE, 5.0, {"forced_bos_token_id": 57}),
     "m2m_100-untied": Golden("m2m_100", BART_LIKE | {"tie_word_embeddings": False, "scale_embedding": False}, 1.5),
+    "t5": Golden("t5", T5, -4.0),
+    "t5-own-head": Golden("t5", GATED | {"tie_word_embeddings": False}, 3.0),
+    "mt5": Golden("mt5", GATED | {"tie_word_embeddings": False}, 3.0),
+    "umt5": Golden("umt5", GATED, 3.0),
 }
 
 
