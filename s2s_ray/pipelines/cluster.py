@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2s_ray import errors
 from s2s_ray.errors import InfrastructureError, S2SRayError
 from s2s_ray.pipelines.settings import GenerateSettings
 
@@ -94,7 +95,7 @@ def ray_session(address: str | None) -> Iterator[None]:
 
 def execute(dataset: "ray.data.Dataset") -> Iterator[dict[str, Any]]:
     """The rows of the dataset as they come. Raises the S2SRayError a stage raised, else InfrastructureError."""
-    import ray
+    import ray.data.exceptions
 
     context = dataset.context
     context.enable_progress_bars = False
@@ -104,10 +105,10 @@ def execute(dataset: "ray.data.Dataset") -> Iterator[dict[str, Any]]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield from dataset.iter_rows()
-    except ray.exceptions.RayError as error:
+    except ray.data.exceptions.ExecutionTimeoutError as error:
+        raise InfrastructureError(f"nothing moved for {NO_PROGRESS_SECONDS:.0f} s: {first_line(error)}") from error
+    except Exception as error:  # whatever Ray raises, a rerun goes on from what is committed
         raise _cause(error) from error
-    except TimeoutError as error:
-        raise InfrastructureError(f"nothing was committed for {NO_PROGRESS_SECONDS:.0f} s: {error}") from error
 
 
 def _cause(error: BaseException) -> S2SRayError:
@@ -120,10 +121,16 @@ def _cause(error: BaseException) -> S2SRayError:
             return next((c for c in (getattr(inner, "cause", None),) if isinstance(c, S2SRayError)), inner)
         seen.add(id(inner))
         inner = getattr(inner, "cause", None) or inner.__cause__
-    return InfrastructureError(f"the cluster failed: {first_line(error)}")
+    # The cause of a chained exception does not survive its way here from another process, but for its text.
+    first = first_line(error, "\nThe above exception was the direct cause")
+    name, _, message = first.removeprefix(f"{errors.__name__}.").partition(": ")
+    kind = getattr(errors, name, None) if first.startswith(errors.__name__) else None
+    if isinstance(kind, type) and issubclass(kind, S2SRayError):
+        return kind(message)
+    return InfrastructureError(f"the cluster failed: {first}")
 
 
-def first_line(error: BaseException) -> str:
-    """The line of an error's text that says what happened, which in Ray's is the last."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def first_line(error: BaseException, until: str = "\0") -> str:
+    """The line of an error's text (before `until`) that says what happened, which in Ray's is the last."""
+    lines = [line.strip() for line in str(error).partition(until)[0].splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:500]

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO
 
 import pyarrow as pa
@@ -93,6 +93,8 @@ def read_footers(files: Sequence[InputFile], skip_bad: bool) -> tuple[list[Foote
     with ThreadPoolExecutor(THREADS) as pool:
         for file, footer in zip(files, pool.map(_read_footer, files), strict=True):
             if isinstance(footer, Footer):
+                if footers and footer.schema.equals(footers[-1].schema, check_metadata=True):
+                    footer = replace(footer, schema=footers[-1].schema)  # one object in place of 100,000 equal ones
                 footers.append(footer)
             else:
                 skipped[file.url] = footer

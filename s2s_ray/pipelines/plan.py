@@ -140,10 +140,8 @@ def decode(data: bytes) -> Plan:
     schema = pa.ipc.read_schema(pa.py_buffer(table.schema.metadata[b"s2s_ray.schema"]))
     skipped = strict_json(table.schema.metadata[b"s2s_ray.skipped"], "the stored plan")
     by_unit: dict[int, list[Piece]] = {}
-    for row in table.to_pylist():
-        file = InputFile(row["url"], row["identity"])
-        piece = Piece(file, row["row_group"], row["start"], row["rows"], row["file_row"])
-        by_unit.setdefault(row["unit"], []).append(piece)
+    for unit, url, identity, *place in zip(*(table.column(n).to_pylist() for n in _PLAN_SCHEMA.names), strict=True):
+        by_unit.setdefault(unit, []).append(Piece(InputFile(url, identity), *place))
     units: list[Unit] = []
     first_row = 0
     for unit_id, pieces in sorted(by_unit.items()):

@@ -186,7 +186,7 @@ def read_piece(piece: Piece, columns: list[str]) -> pa.Table:
     with stream:
         watched = Watched(stream)
         try:
-            with pq.ParquetFile(watched) as parquet:
+            with pq.ParquetFile(watched, page_checksum_verification=True) as parquet:
                 table = parquet.read_row_group(piece.row_group, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError):
             if watched.error is not None:

@@ -28,7 +28,8 @@ wait_for = partial(wait, timeout=400)  # on a busy machine a job needs minutes t
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1200)]
 
 SEED = int(os.environ.get("S2S_RAY_TEST_SEED", "20260"))
-ROWS, UNIT = 480, 8
+ROWS, UNIT = int(os.environ.get("S2S_RAY_TEST_ROWS", "480")), 8
+UNITS = ROWS // UNIT
 PACE = 0.5  # seconds that each unit waits at its replica, four at a time
 DATA = 80 * 2**20  # bytes of each node's object store
 QUICK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 6}
@@ -46,7 +47,7 @@ class Nodes:
         for name, value in self.environment.items():
             self._environment.setenv(name, value)
         arguments = {"num_cpus": 3, "object_store_memory": DATA, "include_dashboard": False, "_system_config": QUICK}
-        self.cluster = Cluster(initialize_head=True, head_node_args=arguments)
+        self.cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=arguments))
         self.others: list[Any] = []
         self.jobs: list[JobProcess] = []
 
@@ -57,7 +58,8 @@ class Nodes:
         return {**shared, MARKER: self.marker, "OMP_NUM_THREADS": "1"}
 
     def add(self) -> None:
-        self.others.append(self.cluster.add_node(num_cpus=2, object_store_memory=DATA, include_dashboard=False))
+        arguments = {"num_cpus": 2, "object_store_memory": DATA, "include_dashboard": False}
+        self.others.append(patiently(lambda: self.cluster.add_node(**arguments)))
 
     def remove(self, node: Any) -> None:
         """Without grace: its processes are killed."""
@@ -78,6 +80,14 @@ class Nodes:
             job.process.kill()
         self.cluster.shutdown()
         self._environment.undo()
+
+
+def patiently(start: Callable[[], Any]) -> Any:
+    """Ray gives a node 30 s to start; on a busy machine that is no fault."""
+    for _attempt in range(4):
+        with contextlib.suppress(Exception):
+            return start()
+    return start()
 
 
 @pytest.fixture(scope="module")
@@ -153,17 +163,20 @@ def finished_well(job: JobProcess) -> None:
     assert code == 0, error
 
 
+def progress(job: JobProcess, output: Path, wanted: int) -> bool:
+    """Waits for so many commits, whatever the machine's speed; False when the job ended."""
+    wait_for(lambda: job.process.poll() is not None or len(commits(output)) >= wanted, what=f"{wanted} commits")
+    return job.process.poll() is None
+
+
 def test_workers_are_killed(nodes: Nodes, flags: list[str], output: Path, judge: Judge, dice: random.Random) -> None:
-    """P1: every two seconds any worker process of the job, a replica or one that reads or commits."""
+    """P1: every few commits any worker process of the job, a replica or one that reads or commits."""
     job, kills = nodes.start(flags), 0
-    wait_for(lambda: commits(output), what="a first commit")
-    while job.process.poll() is None:
-        time.sleep(2)
+    while progress(job, output, 1 + kills * (UNITS // 12)):
         victims = nodes.workers() + nodes.workers("ray::Map") + nodes.workers("ray::IDLE")
-        if victims and job.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(dice.choice(victims), signal.SIGKILL)
-                kills += 1
+        with contextlib.suppress(ProcessLookupError, IndexError):
+            os.kill(dice.choice(victims), signal.SIGKILL)
+            kills += 1
     finished_well(job)
     judge("worker SIGKILL", kills, output)
     assert kills >= 3
@@ -172,9 +185,7 @@ def test_workers_are_killed(nodes: Nodes, flags: list[str], output: Path, judge:
 def test_nodes_are_lost(nodes: Nodes, flags: list[str], output: Path, judge: Judge) -> None:
     """P2: a node goes without grace and another comes, again and again."""
     job, losses = nodes.start(flags), 0
-    wait_for(lambda: commits(output), what="a first commit")
-    while job.process.poll() is None and losses < 20:
-        time.sleep(3)
+    while progress(job, output, 1 + losses * (UNITS // 6)):
         nodes.remove(nodes.others[0])
         losses += 1
         nodes.add()
@@ -280,7 +291,7 @@ def test_a_fixed_pool_starts_every_replica(nodes: Nodes, flags: list[str], outpu
 
 def test_rows_that_kill_their_worker(inputs: list[str], flags: list[str], output: Path, judge: Judge) -> None:
     """P8, P9: wherever three rows are, the process ends; each is found, all others are answered."""
-    culprits = {77: "exit", 78: "kill", 911: "kill"}
+    culprits = {7: "exit", 8: "kill", ROWS - 30: "kill"}
     failpoint = ",".join(f"row.{row}:0:{action}" for row, action in culprits.items())
     code, _, error = run_job("generate.py", *flags[:-1], "1", timeout=900, S2S_RAY_FAILPOINT=failpoint)
     assert code == 3, error
