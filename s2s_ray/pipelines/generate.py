@@ -8,7 +8,7 @@ import dataclasses
 import uuid
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from s2s_ray import presets
 from s2s_ray.errors import ErrorRateExceededError, LanguageError
@@ -25,9 +25,6 @@ from s2s_ray.pipelines.rows import Job, from_ipc, make_shard, read_unit, to_ipc
 from s2s_ray.pipelines.settings import GenerateSettings
 from s2s_ray.storage import Location
 from s2s_ray.text.preprocessor import Seq2SeqLMPreprocessor
-
-if TYPE_CHECKING:
-    import ray.data
 
 NEED_A_TARGET = ("target_token", "source_first", "source_last")  # conventions (text/languages.py) without a default
 
@@ -131,8 +128,9 @@ def run_units(units: list[Unit], job: Job) -> Iterator[dict[str, Any]]:
     from s2s_ray.pipelines.replica import Replica
 
     resources = Resources.of(job.settings, ray.cluster_resources(), len(ray.nodes()))
+    items = [{"unit": unit.id, "descriptor": unit.encode()} for unit in units]
     dataset = (
-        unit_dataset([{"unit": unit.id, "descriptor": unit.encode()} for unit in units])
+        ray.data.from_items(items, override_num_blocks=len(items))
         .map(partial(read_stage, job=job), num_cpus=resources.task_cpus)
         .map_batches(
             Replica,
@@ -146,13 +144,6 @@ def run_units(units: list[Unit], job: Job) -> Iterator[dict[str, Any]]:
         .map(partial(commit_stage, job=job), num_cpus=resources.task_cpus)
     )
     yield from execute(dataset)
-
-
-def unit_dataset(items: list[dict[str, Any]]) -> "ray.data.Dataset":
-    """One row per unit, and a block for each, so that no stage waits for one unit to start another."""
-    import ray
-
-    return ray.data.from_items(items, override_num_blocks=len(items))
 
 
 def read_stage(row: dict[str, Any], job: Job) -> dict[str, Any]:

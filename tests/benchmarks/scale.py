@@ -2,8 +2,6 @@
 
     python -m tests.benchmarks.scale --files 1000 10000 --stores local s3
     python -m tests.benchmarks.scale --files 1000 10000 100000 --stores local
-    python -m tests.benchmarks.scale --ray 1000 10000            # the driver of Ray Data with so many units
-    python -m tests.benchmarks.scale --slow-commits 25 100       # the object store under so many units of 2 MiB
 
 Every file is a real Parquet file of 10,000 rows, so 100,000 files are 1e9 rows: one unit each, 99% of them committed.
 Prints a table and, last, one JSON line. On a machine that is shared, the processor's seconds are the ones to read; the
@@ -37,7 +35,6 @@ from s2s_ray.storage import Location
 
 ROWS = 10_000
 FINISH_AT_MOST = 20_000  # files; beyond that reading every commit record takes too long on a test server
-OBJECT_STORE, UNIT_BYTES = 100 * 2**20, 2 * 2**20
 Put = Callable[[str, bytes], None]
 
 
@@ -105,61 +102,6 @@ def processor() -> float:
     """Seconds of processor time of this process so far."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
-
-
-def ray_driver(units: int) -> dict[str, Any]:
-    """The driver's time and memory for a dataset of so many units, whose stages do nothing."""
-    import ray
-
-    from s2s_ray.pipelines.generate import unit_dataset
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    before, start = peak(), time.perf_counter()
-    dataset = unit_dataset([{"unit": unit, "descriptor": b"x" * 300} for unit in range(units)]).map(lambda row: row)
-    made = time.perf_counter() - start
-    dataset.context.enable_progress_bars = False
-    count = sum(1 for _ in dataset.iter_rows())
-    assert count == units
-    return {"made_seconds": made, "seconds": time.perf_counter() - start, "mib": peak() - before}
-
-
-def slow_commits(units: int) -> dict[str, Any]:
-    """The most that a whole job keeps in Ray's object store while each commit takes half a second."""
-    import threading
-
-    import ray
-    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
-
-    from s2s_ray.pipelines.generate import run
-
-    os.environ["S2S_RAY_FAILPOINT"] = "commit.before:0:sleep=0.5"
-    ray.init(num_cpus=4, object_store_memory=OBJECT_STORE, include_dashboard=False, log_to_driver=False)
-    used: list[int] = []
-    done = threading.Event()
-
-    def watch() -> None:
-        state = get_state_from_address(ray.get_runtime_context().gcs_address)
-        while not done.wait(0.2):
-            used.append(get_memory_info_reply(state).store_stats.object_store_bytes_used)
-
-    watcher = threading.Thread(target=watch)
-    with tempfile.TemporaryDirectory() as directory:
-        for unit in range(units):
-            blob = pa.array([os.urandom(UNIT_BYTES)], pa.binary())
-            pq.write_table(pa.table({"text": ["a text"], "blob": blob}), Path(directory) / f"in-{unit:05d}.parquet")
-        settings = GenerateSettings(
-            input=(directory,),
-            output=f"{directory}/out",
-            preset="debian_summarizer_en",
-            max_target_length=4,
-            rows_per_unit=1,
-        )
-        watcher.start()
-        report = run(settings)
-        done.set()
-        watcher.join()
-    assert report.rows == units
-    return {"units": units, "through_mib": units * UNIT_BYTES / 2**20, "store_peak_mib": max(used) / 2**20}
 
 
 @contextmanager
@@ -252,35 +194,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, nargs="+", default=[1000, 10_000])
     parser.add_argument("--stores", nargs="+", default=["local", "s3"], choices=["local", "s3"])
-    parser.add_argument("--ray", type=int, nargs="+", help="numbers of units; measures the driver instead")
-    parser.add_argument("--slow-commits", type=int, nargs="+", help="numbers of units; measures the object store")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.child:
         name, *rest = options.child
-        if name in ("ray", "slow_commits"):
-            print(json.dumps({"ray": ray_driver, "slow_commits": slow_commits}[name](int(rest[0]))))
-        else:
-            before = processor()
-            found = {"measure": measure, "resume": resume, "finish": finish}[name](*rest)
-            print(json.dumps({**found, "cpu": processor() - before}))
+        before = processor()
+        found = {"measure": measure, "resume": resume, "finish": finish}[name](*rest)
+        print(json.dumps({**found, "cpu": processor() - before}))
         return
     results: list[dict[str, Any]] = []
-    if options.ray or options.slow_commits:
-        name = "ray" if options.ray else "slow_commits"
-        for units in options.ray or options.slow_commits:
-            results.append({"step": name, "units": units, **in_child(name, str(units))})
-            print("  ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in results[-1].items()))
-    else:
-        with tempfile.TemporaryDirectory() as directory:
-            content = one_file(Path(directory))
-        print(f"{'store':6}{'files':>8} {'step':8}{'seconds':>9}{'cpu s':>8}{'peak MiB':>10}{'requests':>10}")
-        for store in options.stores:
-            for count in options.files:
-                for line in run(store, count, content):
-                    results.append(line)
-                    cells = f"{line['seconds']:9.2f}{line['cpu']:8.2f}{line['mib']:10.0f}{line['requests']:10d}"
-                    print(f"{store:6}{count:8d} {line['step']:8}{cells}", flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        content = one_file(Path(directory))
+    print(f"{'store':6}{'files':>8} {'step':8}{'seconds':>9}{'cpu s':>8}{'peak MiB':>10}{'requests':>10}")
+    for store in options.stores:
+        for count in options.files:
+            for line in run(store, count, content):
+                results.append(line)
+                cells = f"{line['seconds']:9.2f}{line['cpu']:8.2f}{line['mib']:10.0f}{line['requests']:10d}"
+                print(f"{store:6}{count:8d} {line['step']:8}{cells}", flush=True)
     print(json.dumps({"benchmark": "scale", "rows_per_file": ROWS, "results": results}))
 
 

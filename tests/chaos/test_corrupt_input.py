@@ -22,6 +22,7 @@ from s2s_ray.pipelines.settings import GenerateSettings
 from s2s_ray.storage import Location
 
 SEED, ROWS = 20251, 120
+pytestmark = pytest.mark.timeout(1800)  # with --full, on a busy machine
 
 
 @pytest.fixture(scope="module")

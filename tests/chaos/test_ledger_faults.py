@@ -18,6 +18,7 @@ from s2s_ray.storage import FAILPOINT_EXIT_CODE, Location
 
 OPERATIONS = 75  # at least so many points of failure are in one small run
 TEXTS = [f"text {row}" for row in range(22)]
+pytestmark = pytest.mark.timeout(1800)  # with --full, on a busy machine
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,7 @@ class LedgerMachine(RuleBasedStateMachine):
         counts["runs"] += 1
 
 
+@pytest.mark.timeout(1800)  # with --full
 @pytest.mark.parametrize("mode", ["auto", "none"])
 def test_any_interleaving_of_drivers_gives_one_sound_output(
     tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch,

@@ -20,6 +20,7 @@ SEED = 20250
 ROWS = 22
 UNITS = 3
 PATIENT = {"config_kwargs": {"connect_timeout": 2, "read_timeout": 2, "retries": {"max_attempts": 2}}}
+pytestmark = pytest.mark.timeout(1800)  # with --full, on a busy machine
 
 
 @pytest.fixture(scope="module")
