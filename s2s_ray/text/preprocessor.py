@@ -239,8 +239,8 @@ class Seq2SeqLMPreprocessor:
         if ids.shape != mask.shape or ids.ndim not in (1, 2):
             raise InputError(f"ids and mask must be [T] or [B, T] and alike. Received: {ids.shape} and {mask.shape}")
         if ids.ndim == 1:
-            return self.tokenizer.decode_batch([ids[mask].tolist()])[0]
-        return self.tokenizer.decode_batch([row[keep].tolist() for row, keep in zip(ids, mask, strict=True)])
+            return self.tokenizer.target.decode_batch([ids[mask].tolist()])[0]
+        return self.tokenizer.target.decode_batch([row[keep].tolist() for row, keep in zip(ids, mask, strict=True)])
 
     def encode_sources(
         self, texts: Sequence[str], max_length: int | None = None, routes: Sequence[Route] | None = None
@@ -266,7 +266,7 @@ class Seq2SeqLMPreprocessor:
         routes = self.routes(len(texts)) if routes is None else routes
         encoded = [_unencoded(route) for route in routes]
         prefixes = [self.source_prefix if route.text_prefix is None else route.text_prefix for route in routes]
-        rows = self._try_encode(texts, encoded, prefixes)
+        rows = self._try_encode(texts, encoded, prefixes, self.tokenizer)
         for source, ids, route in zip(encoded, rows, routes, strict=True):
             if ids is not None:
                 source.token_ids, source.num_tokens_full = self._wrapped(ids, limit, route.source_wrap)
@@ -281,7 +281,8 @@ class Seq2SeqLMPreprocessor:
         limit = self._length("max_length", max_length) if max_length is not None else self.decoder_sequence_length
         routes = self.routes(len(texts)) if routes is None else routes
         rows = self._encode(texts)
-        wrapped = [self._wrapped(ids, limit, route.target_wrap) for ids, route in zip(rows, routes, strict=True)]
+        own = self.tokenizer.target.prefix_ids, self.tokenizer.target.suffix_ids
+        wrapped = [self._wrapped(ids, limit, route.target_wrap or own) for ids, route in zip(rows, routes, strict=True)]
         self.truncated_targets += sum(full > limit for _, full in wrapped)
         return [ids for ids, _ in wrapped]
 
@@ -293,7 +294,7 @@ class Seq2SeqLMPreprocessor:
         routes = self.routes(len(texts)) if routes is None else routes
         rows = []
         for ids, route in zip(self._encode(texts), routes, strict=True):
-            prefix = self.tokenizer.prefix_ids if route.target_wrap is None else route.target_wrap[0]
+            prefix = self.tokenizer.target.prefix_ids if route.target_wrap is None else route.target_wrap[0]
             rows.append([*prefix, *ids] if ids else [])
         self.truncated_targets += sum(len(row) > limit for row in rows)
         return [row[:limit] for row in rows]
@@ -305,18 +306,18 @@ class Seq2SeqLMPreprocessor:
 
     def decode(self, ids: Iterable[Sequence[int]]) -> list[str]:
         """One text per sequence of ids, special tokens left out."""
-        return self.tokenizer.decode_batch(ids)
+        return self.tokenizer.target.decode_batch(ids)
 
     def _encode(self, texts: Sequence[Any]) -> list[list[int]]:
         outcomes = [EncodedSource() for _ in texts]
-        rows = self._try_encode(texts, outcomes, [""] * len(outcomes))
+        rows = self._try_encode(texts, outcomes, [""] * len(outcomes), self.tokenizer.target)
         for row, outcome in enumerate(outcomes):
             if outcome.error is not None:
                 raise TokenizationError(row, outcome.error, outcome.message)
         return [ids if ids is not None else [] for ids in rows]
 
     def _try_encode(
-        self, texts: Sequence[Any], outcomes: list[EncodedSource], prefixes: Sequence[str]
+        self, texts: Sequence[Any], outcomes: list[EncodedSource], prefixes: Sequence[str], tokenizer: Tokenizer
     ) -> list[list[int] | None]:
         """Plain ids per text; None where `outcomes` has or was given an error."""
         good: list[int] = []
@@ -332,19 +333,12 @@ class Seq2SeqLMPreprocessor:
                 outcomes[row].error, outcomes[row].message = problem
         result: list[list[int] | None] = [None] * len(outcomes)
         try:
-            encoded: list[list[int] | None] = [*self.tokenizer.encode_batch(strings, add_special_tokens=False)]
+            encoded: list[list[int] | None] = [*tokenizer.encode_batch(strings, add_special_tokens=False)]
         except TokenizationError:
-            encoded = [self._encode_alone(text, outcomes[row]) for row, text in zip(good, strings, strict=True)]
+            encoded = [_encode_alone(tokenizer, text, outcomes[row]) for row, text in zip(good, strings, strict=True)]
         for row, ids in zip(good, encoded, strict=True):
             result[row] = ids
         return result
-
-    def _encode_alone(self, text: str, outcome: EncodedSource) -> list[int] | None:
-        try:
-            return self.tokenizer(text)
-        except TokenizationError as error:
-            outcome.error, outcome.message = error.reason, str(error)
-            return None
 
     def _problem(self, text: Any) -> tuple[RowErrorReason, str] | None:
         if text is None or (isinstance(text, float) and text != text):
@@ -407,6 +401,14 @@ _SAVED = (
     "source_lang",
     "target_lang",
 )
+
+
+def _encode_alone(tokenizer: Tokenizer, text: str, outcome: EncodedSource) -> list[int] | None:
+    try:
+        return tokenizer(text)
+    except TokenizationError as error:
+        outcome.error, outcome.message = error.reason, str(error)
+        return None
 
 
 def _unencoded(route: Route) -> EncodedSource:

@@ -249,7 +249,9 @@ def test_encode_sources_names_the_row(preprocessor: Seq2SeqLMPreprocessor) -> No
 
 def test_a_panic_in_the_library_fails_its_row_only(tiny_bart_dir: Path) -> None:
     preprocessor = Seq2SeqLMPreprocessor.from_directory(tiny_bart_dir)
-    preprocessor.tokenizer._backend.pre_tokenizer = pre_tokenizers.FixedLength(length=0)  # panics on any text but ""
+    preprocessor.tokenizer._backend.library.pre_tokenizer = pre_tokenizers.FixedLength(
+        length=0
+    )  # panics on any text but ""
     rows = preprocessor.try_encode_sources(["", "text", ""])
     assert [row.error for row in rows] == [None, RowErrorReason.TOKENIZER_FAILED, None]
     assert rows[0] == EncodedSource([0, 2], False, 2)

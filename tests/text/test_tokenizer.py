@@ -235,12 +235,12 @@ def test_a_panic_is_typed_and_an_interrupt_is_not_swallowed(
     tiny_bart_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = Tokenizer.from_directory(tiny_bart_dir)
-    tokenizer._backend.pre_tokenizer = pre_tokenizers.FixedLength(length=0)  # chunks(0) panics in Rust
+    tokenizer._backend.library.pre_tokenizer = pre_tokenizers.FixedLength(length=0)  # chunks(0) panics in Rust
     with pytest.raises(TokenizationError):
         tokenizer(["text"])
 
     class Interrupted:
-        def encode_batch_fast(self, *args: object, **kwargs: object) -> None:
+        def encode(self, *args: object, **kwargs: object) -> None:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(tokenizer, "_backend", Interrupted())
