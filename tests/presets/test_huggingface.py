@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from s2s_ray.presets import builtin_names
+from s2s_ray.presets import builtin_names, resolve
 from s2s_ray.presets.manifest import Manifest, seal
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -30,16 +31,17 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
         self.requested.append(f"{self.command} {path}")
-        names = sorted(p.name for p in self.directory.iterdir())
+        names = sorted(str(p.relative_to(self.directory)) for p in self.directory.rglob("*") if p.is_file())
+        wanted = "/".join(path.split("/")[5:])
         if path in (f"/api/models/org/tiny/revision/{r}" for r in ("main", "v1", COMMIT)):
             siblings = [{"rfilename": name} for name in [*names, "onnx/model.json"]]
             self.answer(200, json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": siblings}).encode())
         elif path.startswith(f"/api/models/org/tiny/tree/{COMMIT}"):
             files = [{"type": "file", "path": n, "size": (self.directory / n).stat().st_size, "oid": n} for n in names]
             self.answer(200, json.dumps(files).encode())
-        elif path.startswith("/org/tiny/resolve/") and path.split("/")[-1] in names:
-            data = (self.directory / path.split("/")[-1]).read_bytes()
-            etag = Manifest.of_directory(self.directory).digest[:16] + path.split("/")[-1].replace(".", "")
+        elif path.startswith("/org/tiny/resolve/") and wanted in names:
+            data = (self.directory / wanted).read_bytes()
+            etag = Manifest.of_directory(self.directory).digest[:16] + wanted.replace(".", "").replace("/", "")
             self.answer(200, data, ETag=f'"{etag}"', **{"X-Repo-Commit": COMMIT})
         elif path.startswith("/api/models/org/tiny/"):
             self.answer(404, b"{}", **{"X-Error-Code": "RevisionNotFound"})
@@ -114,6 +116,15 @@ def test_a_sealed_repository_is_verified(hub: type[Hub], repository: Path, tmp_p
     assert result["digest"] == digest
     (repository / "config.json").write_text('{"tampered": 1}')
     assert resolve_elsewhere("hf://org/tiny", hub, tmp_path / "home2")["error"] == "PresetIntegrityError"
+
+
+def test_a_keras_hub_repository(hub: type[Hub], tmp_path: Path) -> None:
+    with zipfile.ZipFile(Path(__file__).parent / "keras_hub" / "bart.zip") as archive:
+        archive.extractall(tmp_path)
+    local = (tmp_path / "preset").rename(tmp_path / "repository")
+    (local / "task.weights.h5").write_bytes(b"never fetched")
+    assert resolve_elsewhere("hf://org/tiny", hub, tmp_path / "home")["digest"] == resolve(local).digest
+    assert not any("task.weights" in request for request in hub.requested)
 
 
 def test_what_is_missing_and_what_is_unreachable(hub: type[Hub], repository: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,17 @@ from s2s_ray.errors import PresetError, PresetIntegrityError, UnsupportedModelEr
 from s2s_ray.presets.weights import WeightFiles
 
 FIXTURES = Path(__file__).parent / "keras_hub"
-FAMILIES = ["bart"]
+SENTENCEPIECE = pytest.mark.skipif(find_spec("s2s_ray.text.spm") is None, reason="no SentencePiece models are read yet")
+FAMILIES = ["bart", pytest.param("t5", marks=SENTENCEPIECE), pytest.param("t5_1.1", marks=SENTENCEPIECE)]
 QUERY = "layers/transformer_encoder/_self_attention_layer/query_dense/vars/0"
 
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("keras_hub")
-    for family in FAMILIES:
-        with zipfile.ZipFile(FIXTURES / f"{family}.zip") as archive:
-            archive.extractall(root / family)
+    for path in FIXTURES.glob("*.zip"):
+        with zipfile.ZipFile(path) as archive:
+            archive.extractall(root / path.stem)
     return root
 
 
@@ -64,11 +66,12 @@ def test_logits_and_texts_are_keras_hubs(unpacked: Path, family: str, tmp_path: 
     assert np.array_equal(logits_of(Seq2SeqLM.from_preset(tmp_path / "saved"), want), logits_of(task, want))
 
 
-def test_transformers_loads_what_it_becomes(unpacked: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_what_it_becomes(unpacked: Path, family: str) -> None:
     from transformers import AutoModelForSeq2SeqLM
 
-    want = dict(np.load(unpacked / "bart" / "expected.npz"))
-    theirs = AutoModelForSeq2SeqLM.from_pretrained(presets.resolve(unpacked / "bart" / "preset").directory).eval()
+    want = dict(np.load(unpacked / family / "expected.npz"))
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(presets.resolve(unpacked / family / "preset").directory).eval()
     with torch.no_grad():
         logits = theirs(
             input_ids=torch.as_tensor(want["encoder_token_ids"]).long(),
@@ -130,6 +133,15 @@ def test_half_precision(preset: Path, code: str) -> None:
     assert torch.allclose(weight[ours], exact[ours], rtol=2**-7, atol=2**-12) and not torch.equal(
         weight[ours], exact[ours]
     )
+
+
+@SENTENCEPIECE
+def test_bfloat16_as_keras_hub_saves_it(unpacked: Path, tmp_path: Path) -> None:
+    preset = shutil.copytree(unpacked / "t5_1.1" / "preset", tmp_path / "preset")
+    exact = Seq2SeqLM.from_preset(preset).backbone.state_dict()
+    shutil.copy(unpacked / "t5_1.1" / "bfloat16" / "model.weights.h5", preset)
+    half = Seq2SeqLM.from_preset(preset).backbone.state_dict()
+    assert all(torch.equal(half[name], tensor.bfloat16().float()) for name, tensor in exact.items())
 
 
 Spoil = Callable[[h5py.File], Any]

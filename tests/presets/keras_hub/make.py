@@ -1,10 +1,10 @@
-"""Make bart.zip and t5.zip: tiny presets saved by keras-hub, and what keras-hub computes with them.
+"""Make bart.zip, t5.zip and t5_1.1.zip: tiny presets saved by keras-hub, and what keras-hub computes with them.
 
     pip install keras-hub==0.32.0 tensorflow-text torch sentencepiece tokenizers
     KERAS_BACKEND=torch python tests/presets/keras_hub/make.py
 
 Each archive holds the directory `preset` as `save_to_preset` wrote it, and expected.npz: a ragged batch with its
-logits, token ids of texts, and greedy generation. Beside them the same weights, BART's as shards, T5's in bfloat16.
+logits, token ids of texts, and greedy generation. Beside them the same weights, BART's as shards, T5 1.1's in bfloat16.
 """
 
 import io
@@ -13,6 +13,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ def bart() -> Any:
     return keras_hub.models.BartSeq2SeqLM(backbone, preprocessor)
 
 
-def t5() -> Any:
-    """SentencePiece, two layers, gated gelu, own output matrix and key_value_dim, padded vocabulary."""
+def t5(**settings: Any) -> Any:
+    """SentencePiece, two layers, a padded vocabulary, heads that are not hidden_dim / num_heads wide."""
     proto = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
@@ -83,9 +84,7 @@ def t5() -> Any:
         hidden_dim=8,
         intermediate_dim=12,
         key_value_dim=3,
-        activation="gelu",
-        use_gated_activation=True,
-        tie_embedding_weights=False,
+        **settings,
     )
     preprocessor = keras_hub.models.T5Seq2SeqLMPreprocessor(
         keras_hub.models.T5Tokenizer(proto.getvalue()), encoder_sequence_length=32, decoder_sequence_length=28
@@ -133,7 +132,7 @@ def expected(task: Any) -> dict[str, np.ndarray]:
     }
 
 
-def make(name: str, build: Callable[[], Any], *, sharded: bool) -> None:
+def make(name: str, build: Callable[[], Any], *, sharded: bool = False, bfloat16: bool = False) -> None:
     task = build()
     train(task)
     with tempfile.TemporaryDirectory() as root:
@@ -142,7 +141,7 @@ def make(name: str, build: Callable[[], Any], *, sharded: bool) -> None:
         if sharded:
             (directory / "sharded").mkdir()
             task.backbone.save_weights(directory / "sharded" / "model.weights.json", max_shard_size=1.1e-5)
-        else:
+        if bfloat16:
             lower = type(task.backbone).from_config({**task.backbone.get_config(), "dtype": "bfloat16"})
             lower.set_weights(task.backbone.get_weights())
             (directory / "bfloat16").mkdir()
@@ -155,4 +154,6 @@ def make(name: str, build: Callable[[], Any], *, sharded: bool) -> None:
 
 if __name__ == "__main__":
     make("bart", bart, sharded=True)
-    make("t5", t5, sharded=False)
+    make("t5", partial(t5, activation="relu", use_gated_activation=False, tie_embedding_weights=True))
+    gated = partial(t5, activation="gelu", use_gated_activation=True, tie_embedding_weights=False)
+    make("t5_1.1", gated, bfloat16=True)
