@@ -1,9 +1,10 @@
 """SentencePiece models without the library: a small reader of `.model` / `.spm` files, and their segmentation.
 
-Meant to equal `sentencepiece` in every id (compared by `python -m tests.text.compare_sentencepiece`). A Unigram segmentation is the best
-path by a sum of fp32 scores, and sentencepiece rounds that sum to fp32 at every step, so that two segmentations closer
-than the rounding are told apart by where in the text they stand. Words are therefore segmented once and kept with the
-size of the sum up to which rounding cannot matter; a text that exceeds it is done as a whole, with the same rounding.
+Meant to equal `sentencepiece` in every id (`python -m tests.text.compare_sentencepiece` compares). A Unigram
+segmentation is the best path by a sum of fp32 scores, and sentencepiece rounds that sum to fp32 at every step, so that
+two segmentations closer than the rounding are told apart by where in the text they stand. Words are therefore segmented
+once and kept with the size of the sum up to which rounding cannot matter; a text that exceeds it is done as a whole,
+with the same rounding.
 """
 
 import heapq
