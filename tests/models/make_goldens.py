@@ -14,6 +14,7 @@ A family joins with one entry in GOLDENS. Each directory holds `config.json`, `g
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import transformers
 from safetensors.torch import save_file
 
 from tests.models.contract import reference_logits, reference_model, reference_tokens, sources, teacher_forced
+from tests.models.test_t5 import lively
 
 DIRECTORY = Path(__file__).parent / "goldens"
 ROWS = 6
@@ -37,12 +39,17 @@ CALLS: list[dict[str, Any]] = [
 
 @dataclass(frozen=True)
 class Golden:
-    """A family's config, `stop_bias` (see contract.py) and what its generation_config.json says."""
+    """A family's config, `stop_bias` and `adjust` (see contract.py) and what its generation_config.json says.
+
+    rescaled: what today's transformers multiplies the logits of such a file with, unlike the one that wrote it.
+    """
 
     model_type: str
     config: dict[str, Any]
     stop_bias: float
     generation: dict[str, Any] = field(default_factory=dict)
+    adjust: Callable[[Any], None] | None = None
+    rescaled: float = 1.0
 
 
 BART_LIKE = {
@@ -82,6 +89,14 @@ T5 = {
     "initializer_factor": 3.0,
 }
 GATED = T5 | {"feed_forward_proj": "gated-gelu"}
+# Sizes of a head that are not the width's share.
+T5_WIDE = T5 | {
+    "d_kv": 6,
+    "num_heads": 3,
+    "num_decoder_layers": 2,
+    "relative_attention_max_distance": 12,
+    "initializer_factor": 1.0,
+}
 GOLDENS = {
     "bart": Golden("bart", BART_LIKE, 3.0, {"forced_bos_token_id": 0}),
     "bart-untied": Golden("bart", BART_LIKE | {"tie_word_embeddings": False}, 1.5),
@@ -98,7 +113,15 @@ GOLDENS = {
     "t5": Golden("t5", T5, -4.0),
     "t5-own-head": Golden("t5", GATED | {"tie_word_embeddings": False}, 3.0),
     "mt5": Golden("mt5", GATED | {"tie_word_embeddings": False}, 3.0),
+    "mt5-tied": Golden("mt5", T5_WIDE | {"tie_word_embeddings": True}, 3.0, adjust=lively, rescaled=16**0.5),
     "umt5": Golden("umt5", GATED, 3.0),
+    "umt5-untied": Golden(
+        "umt5",
+        T5_WIDE | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        2.0,
+        adjust=lively,
+        rescaled=16**-0.5,
+    ),
 }
 
 
@@ -108,7 +131,7 @@ def make(name: str, golden: Golden) -> None:
     directory = DIRECTORY / version / name
     shutil.rmtree(directory, ignore_errors=True)
     config = transformers.AutoConfig.for_model(golden.model_type, **golden.config)
-    model = reference_model(config, stop_bias=golden.stop_bias)
+    model = reference_model(config, stop_bias=golden.stop_bias, adjust=golden.adjust)
     model.generation_config.update(**{"max_length": 24, **golden.generation})
     model.save_pretrained(directory)
     rows = sources(config, ROWS, longest=20)
