@@ -6,7 +6,6 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from s2s_ray.errors import PresetError, PresetIntegrityError, UnsupportedModelEr
 from s2s_ray.presets.weights import WeightFiles
 
 FIXTURES = Path(__file__).parent / "keras_hub"
-SENTENCEPIECE = pytest.mark.skipif(find_spec("s2s_ray.text.spm") is None, reason="no SentencePiece models are read yet")
-FAMILIES = ["bart", pytest.param("t5", marks=SENTENCEPIECE), pytest.param("t5_1.1", marks=SENTENCEPIECE)]
+FAMILIES = ["bart", "t5", "t5_1.1"]
 QUERY = "layers/transformer_encoder/_self_attention_layer/query_dense/vars/0"
 
 
@@ -135,7 +133,6 @@ def test_half_precision(preset: Path, code: str) -> None:
     )
 
 
-@SENTENCEPIECE
 def test_bfloat16_as_keras_hub_saves_it(unpacked: Path, tmp_path: Path) -> None:
     preset = shutil.copytree(unpacked / "t5_1.1" / "preset", tmp_path / "preset")
     exact = Seq2SeqLM.from_preset(preset).backbone.state_dict()
