@@ -13,7 +13,7 @@ from s2s_ray import Seq2SeqLM
 from s2s_ray.nn.lora import load_adapter
 from s2s_ray.storage import Location
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.timeout(1500)]
 FLAGS = (
     "--max-steps", "30", "--batch-tokens", "400", "--micro-batch-tokens", "100", "--learning-rate", "0.001",
     "--log-every", "1", "--checkpoint-every", "6", "--max-source-length", "64", "--cpus-per-worker", "0.5",
@@ -35,15 +35,15 @@ def curve(report: bytes) -> list[float]:
 
 def test_a_killed_driver_leaves_a_run_that_goes_on(pairs: Path, tiny_bart_dir: Path, tmp_path: Path) -> None:
     common = ("--input", str(pairs), "--preset", str(tiny_bart_dir), *FLAGS)
-    code, _, error = run_job("finetune.py", "--output", str(tmp_path / "whole"), *common, timeout=280)
+    code, _, error = run_job("finetune.py", "--output", str(tmp_path / "whole"), *common, timeout=450)
     assert code == 0, error
     broken = tmp_path / "broken"
     job = JobProcess("finetune.py", "--output", str(broken), *common)
-    wait_for(lambda: list(broken.glob("checkpoints/step-*/manifest.json")), timeout=250, what="a checkpoint")
+    wait_for(lambda: list(broken.glob("checkpoints/step-*/manifest.json")), timeout=400, what="a checkpoint")
     kill_all(job.marker)
     job.kill()
     assert not (broken / "report.json").exists()
-    code, _, error = run_job("finetune.py", "--output", str(broken), *common, timeout=280)
+    code, _, error = run_job("finetune.py", "--output", str(broken), *common, timeout=450)
     assert code == 0 and "step 0 of 30" not in error, error
     assert curve((broken / "report.json").read_bytes()) == curve((tmp_path / "whole" / "report.json").read_bytes())
     assert {path.name for path in (broken / "checkpoints").iterdir()} == {"step-00000024", "step-00000030"}
@@ -57,7 +57,7 @@ def test_lora_to_an_object_store_with_elastic_fsdp_workers(
     code, out, error = run_job(
         "finetune.py", "--input", str(pairs), "--preset", str(tiny_bart_dir), "--output", output.url, *FLAGS,
         "--lora-rank", "2", "--strategy", "fsdp", "--num-workers", "1:2", "--average-decay", "0.9",
-        "--publish", f"{s3_server}/{tmp_path.name}/store/tiny", timeout=280,
+        "--publish", f"{s3_server}/{tmp_path.name}/store/tiny", timeout=450,
         S2S_RAY_CACHE=str(tmp_path / "cache"), **aws,
     )  # fmt: skip
     assert code == 0 and f"{tmp_path.name}/store/tiny@1" in out, error
