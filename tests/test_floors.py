@@ -22,6 +22,7 @@ FLOORS = {
     "s2s_ray.generation": 1,
     "s2s_ray.generation.settings": 0,
     "s2s_ray.generation.requests": 0,
+    "s2s_ray.kernels": 1,
     "s2s_ray.nn": 1,
     "s2s_ray.models": 1,
     "s2s_ray.training": 1,

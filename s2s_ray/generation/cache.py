@@ -13,6 +13,7 @@ S source length, T positions decoded so far, D the model's width, P of a positio
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -167,6 +168,20 @@ def _close(buffer: Tensor, targets: Tensor, sources: Tensor, kept: Tensor, used:
     if targets.numel():
         buffer[targets, :used] = buffer[sources, :used]
     return buffer[: kept.numel()]
+
+
+class StepCache(Protocol):
+    """What a decoding step asks of a cache: see `DecoderCache`, its form on a CPU."""
+
+    def begin_step(self) -> None: ...
+
+    def end_step(self) -> None: ...
+
+    def positions(self, device: torch.device) -> Tensor: ...
+
+    def attend_self(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+
+    def attend_cross(self, layer: int, query: Tensor) -> Tensor: ...
 
 
 class DecoderCache:

@@ -60,6 +60,9 @@ class Constraints:
         self._add_forced("forced_eos_token_id", [limit - 1 for limit in limits])
         self._add_suppressed(prompt_lengths)
 
+    def __bool__(self) -> bool:
+        return bool(self._processors)
+
     def apply(self, scores: Tensor, history: History) -> None:
         """Change scores fp32 `[N, V]` in place."""
         for processor in self._processors:

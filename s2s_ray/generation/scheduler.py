@@ -41,20 +41,31 @@ class Scheduler:
         for request in requests:
             insort(queue, request, key=_length)
 
-    def next_cohort(self, used_slots: int, used_tokens: int) -> tuple[Hashable, list[Request]] | None:
-        """The next rows to admit and their kind, or None while too little is free.
+    def next_kind(self) -> tuple[Hashable, Request] | None:
+        """The kind whose longest row is the longest of all, and that row."""
+        if not self._waiting:
+            return None
+        kind = max(self._waiting, key=lambda k: _length(self._waiting[k][-1]))
+        return kind, self._waiting[kind][-1]
+
+    def next_cohort(
+        self, used_slots: int, used_tokens: int, budget: Budget | None = None, kind: Hashable = None
+    ) -> tuple[Hashable, list[Request]] | None:
+        """The next rows to admit (of `kind`, else of `next_kind`) and their kind, or None while too little is free.
 
         A cohort is held back until it can be full, so that freed slots do not trickle into cohorts of one row; a row
         that exceeds the budget by itself runs alone.
         """
-        if not self._waiting:
+        budget = budget or self.budget
+        if kind is None:
+            kind = next(iter(self.next_kind() or ()), None)
+        if kind not in self._waiting:
             return None
-        kind = max(self._waiting, key=lambda k: _length(self._waiting[k][-1]))
         queue, width = self._waiting[kind], self._widths[kind]
         tokens_each = max(1, _length(queue[-1]) * width)
-        share = self.budget.slots // (_COHORTS * width)
-        full = max(1, min(self.budget.cohort_rows, share, self.budget.tokens // tokens_each, len(queue)))
-        fits = full * width <= self.budget.slots - used_slots and full * tokens_each <= self.budget.tokens - used_tokens
+        share = budget.slots // (_COHORTS * width)
+        full = max(1, min(budget.cohort_rows, share, budget.tokens // tokens_each, len(queue)))
+        fits = full * width <= budget.slots - used_slots and full * tokens_each <= budget.tokens - used_tokens
         if used_slots and not fits:
             return None
         cohort = queue[-full:]

@@ -15,13 +15,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from s2s_ray.errors import RowErrorReason
+from s2s_ray.generation import selection
 from s2s_ray.generation.constraints import Constraints, History
 from s2s_ray.generation.random import uniform
 from s2s_ray.generation.requests import Finished, Generated, Request
 from s2s_ray.generation.samplers import Sampler, Warpers
 from s2s_ray.generation.settings import GenerationSettings
+from s2s_ray.nn.ragged import to_device
 
 _CAPACITY = 32  # tokens of history; doubles when full
+_HELD_STOPS = 8  # stop tokens a row may have where the state stays in place
 _IMPOSSIBLE = -1.0e9  # transformers' score of a beam that may not win
 
 
@@ -34,37 +37,42 @@ class Search(ABC):
         self.limits = list(limits)
         self.width = width
         self.device = device
-        prompts = [[r.settings.decoder_start_token_id, *r.prompt_ids] for r in requests]
-        self.prompt_lengths = [len(p) for p in prompts]
+        self.prompt_lengths = [1 + len(r.prompt_ids) for r in requests]
         self._clock = 0
-        self._born = [0] * len(prompts)
+        self._held = False
+        self._born = [0] * len(requests)
         self._capacity = max(_CAPACITY, max(self.prompt_lengths) + 1)
-        self.row: dict[str, Tensor] = self._initial(prompts)
+        self.row: dict[str, Tensor] = self._initial(requests, limits)
         self._tables()
 
-    def _initial(self, prompts: list[list[int]]) -> dict[str, Tensor]:
-        rows, width = len(prompts), self.width
-        tokens = torch.zeros(rows, width, self._capacity, dtype=torch.int64)
-        for index, prompt in enumerate(prompts):
-            tokens[index, :, : len(prompt)] = torch.tensor(prompt)
-        stops = [r.settings.eos_token_id or (-1,) for r in self.requests]
+    def _initial(self, requests: Sequence[Request], limits: Sequence[int]) -> dict[str, Tensor]:
+        rows = len(requests)
+        prompts = [[r.settings.decoder_start_token_id, *r.prompt_ids] for r in requests]
+        longest = max(len(p) for p in prompts)
+        tokens = torch.zeros(rows, self.width, self._capacity, dtype=torch.int64)
+        tokens[:, :, :longest] = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts])[:, None]
+        stops = [r.settings.eos_token_id or (-1,) for r in requests]
         most = max(len(s) for s in stops)
         state = {
             "tokens": tokens,
             "length": torch.ones(rows, dtype=torch.int64),
-            "prompt_length": torch.tensor(self.prompt_lengths),
-            "limit": torch.tensor(self.limits),
+            "prompt_length": torch.tensor([len(p) for p in prompts]),
+            "limit": torch.tensor(limits),
             "stops": torch.tensor([[*s, *[-1] * (most - len(s))] for s in stops]),
             "done": torch.zeros(rows, dtype=torch.bool),
             "nonfinite": torch.zeros(rows, dtype=torch.bool),
-            "row_id": torch.tensor([r.row_id for r in self.requests]),
-            "seed": torch.tensor([r.settings.seed for r in self.requests]),
+            "row_id": torch.tensor([r.row_id for r in requests]),
+            "seed": torch.tensor([r.settings.seed for r in requests]),
         }
-        return {name: tensor.to(self.device) for name, tensor in (state | self._state(rows)).items()}
+        return {name: to_device(tensor, self.device) for name, tensor in (state | self._state(requests)).items()}
 
     @abstractmethod
-    def _state(self, rows: int) -> dict[str, Tensor]:
-        """What the kind of search adds to the state of `rows` fresh rows."""
+    def _state(self, requests: Sequence[Request]) -> dict[str, Tensor]:
+        """What the kind of search adds to the state of fresh rows."""
+
+    def refresh(self) -> None:
+        """Make the tables anew after rows with other settings were placed."""
+        self._tables()
 
     def _tables(self) -> None:
         """Make whatever depends on which rows are present."""
@@ -77,8 +85,8 @@ class Search(ABC):
 
     @property
     def longest(self) -> int:
-        """The longest history present, in tokens."""
-        return self._clock - min(self._born, default=self._clock) + 1
+        """The longest history there can be now, in tokens."""
+        return self._capacity if self._held else self._clock - min(self._born, default=self._clock) + 1
 
     def newest(self) -> Tensor:
         """The token each sequence feeds to the decoder now, int64 `[N]`."""
@@ -86,13 +94,14 @@ class Search(ABC):
         return self.row["tokens"].gather(2, index).flatten()
 
     def advance(self, logits: Tensor) -> Tensor | None:
-        """Choose the next token of every sequence from logits fp32 `[N, V]`.
+        """Choose the next token of every sequence from logits `[N, V]`, which may be written to.
 
         Returns the source sequence of each, int64 `[R, W]`, where histories moved between sequences; None where not.
         """
         self._reserve()
+        alive = ~self.row["done"]
         parents = self._advance(logits)
-        self.row["length"] += 1
+        self.row["length"] += alive
         self._clock += 1
         return parents
 
@@ -100,13 +109,13 @@ class Search(ABC):
     def _advance(self, logits: Tensor) -> Tensor | None: ...
 
     def _reserve(self) -> None:
-        if self._capacity <= self.longest:
+        if not self._held and self._capacity <= self.longest:
             self._resize(2 * self._capacity)
 
     def _resize(self, capacity: int) -> None:
         for name in ("tokens", "best_tokens"):
             if name in self.row:
-                self.row[name] = pad(self.row[name], (0, capacity - self._capacity))
+                self.row[name] = _widened(self.row[name], capacity, 0)
         self._capacity = capacity
 
     def _history(self) -> History:
@@ -118,15 +127,51 @@ class Search(ABC):
         index = self.row["length"][:, None, None].expand(-1, self.width, 1)
         return self.row["length"] < self.row["prompt_length"], self.row["tokens"].gather(2, index).squeeze(2)
 
+    def hold(self, capacity: int) -> None:
+        """From now on the state stays where it is in memory, with room for `capacity` tokens, and rows come by `place`:
+        what a captured step needs. No row is live yet.
+        """
+        self._resize(capacity)
+        self._pad_stops(_HELD_STOPS)
+        self.row["done"].fill_(True)
+        self._held = True
+
+    def place(self, rows: Sequence[int], requests: Sequence[Request], limits: Sequence[int]) -> None:
+        """Put fresh rows into these places; the tables are left as they are (see `refresh`)."""
+        index = to_device(torch.tensor(rows), self.device)
+        fresh = self._initial(requests, limits)
+        for name, tensor in self.row.items():
+            new = fresh[name]
+            if new.shape[1:] != tensor.shape[1:]:
+                new = _widened(new, tensor.shape[-1], -1 if name == "stops" else 0)
+            tensor.index_copy_(0, index, new)
+        for row, request, limit in zip(rows, requests, limits, strict=True):
+            self.requests[row], self.limits[row] = request, limit
+            self.prompt_lengths[row] = 1 + len(request.prompt_ids)
+
+    def advance_in_place(self, logits: Tensor) -> Tensor | None:
+        """As `advance`, for a search that was told to `hold`. Rows that are done stay as they are."""
+        state = dict(self.row)
+        alive = ~self.row["done"]
+        parents = self.advance(logits)
+        for name, tensor in state.items():
+            if self.row[name] is not tensor:
+                live = alive.view(-1, *[1] * (tensor.dim() - 1))
+                torch.where(live, self.row[name], tensor, out=tensor)
+        self.row = state
+        return parents
+
+    def _pad_stops(self, count: int) -> None:
+        self.row["stops"] = _widened(self.row["stops"], count, -1)
+
     def join(self, other: Self) -> None:
         """Append the rows of another search of the same kind and width."""
         capacity = max(self._capacity, other._capacity)
         self._resize(capacity)
         other._resize(capacity)
         stops = max(self.row["stops"].shape[1], other.row["stops"].shape[1])
-        for search in (self, other):
-            held = search.row["stops"]
-            search.row["stops"] = pad(held, (0, stops - held.shape[1]), value=-1)
+        self._pad_stops(stops)
+        other._pad_stops(stops)
         self.row = {name: torch.cat((tensor, other.row[name])) for name, tensor in self.row.items()}
         self.requests += other.requests
         self.limits += other.limits
@@ -198,13 +243,13 @@ class SampleSearch(Search):
         self._sampler = sampler
         super().__init__(requests, limits, width, device)
 
-    def _state(self, rows: int) -> dict[str, Tensor]:
-        shape = (rows, self.width)
+    def _state(self, requests: Sequence[Request]) -> dict[str, Tensor]:
+        shape = (len(requests), self.width)
         return {
             "score": torch.zeros(shape),
             "ended": torch.zeros(shape, dtype=torch.bool),
             "final_length": torch.ones(shape, dtype=torch.int64),
-            "pad": torch.tensor([r.settings.pad_token_id for r in self.requests]),
+            "pad": torch.tensor([r.settings.pad_token_id for r in requests]),
         }
 
     def _tables(self) -> None:
@@ -222,10 +267,12 @@ class SampleSearch(Search):
 
     def _advance(self, logits: Tensor) -> None:
         shape = (len(self.requests), self.width)
-        normaliser = logits.logsumexp(dim=-1) if self._scored else None
-        raw = logits.clone() if self._scored else logits
-        self._constraints.apply(logits, self._history())
-        best, tokens = logits.max(dim=-1)
+        raw = logits
+        if self._constraints or self._drawn is not None or self._sampler is not None:
+            logits = logits.to(torch.float32, copy=self._scored)
+            self._constraints.apply(logits, self._history())
+        best, tokens, _ = selection.best(logits, 1, normaliser=False)
+        tokens = tokens.squeeze(1)
         if self._sampler is not None:
             tokens = self._sampler.get_next_token((logits / self._sampler.temperature).softmax(dim=-1)).to(tokens)
         elif self._drawn is not None and self._warpers is not None:
@@ -234,11 +281,11 @@ class SampleSearch(Search):
         reading, prompt = self._forced()
         tokens = torch.where(reading[:, None], prompt, tokens)
         ended = self.row["ended"]
-        if normaliser is not None:
-            gained = raw.gather(1, tokens.view(-1, 1)).squeeze(1) - normaliser
+        if self._scored:
+            gained = raw.gather(1, tokens.view(-1, 1)).squeeze(1).float() - raw.float().logsumexp(dim=-1)
             self.row["score"] += gained.view(shape).masked_fill(reading[:, None] | ended, 0.0)
+        self.row["nonfinite"] |= ~(best < float("inf")).view(shape).all(dim=1) & ~self.row["done"]
         self._write(tokens, reading, ended)
-        self.row["nonfinite"] |= ~(best < float("inf")).view(shape).all(dim=1)
         self.row["done"] |= self.row["nonfinite"]
 
     def _write(self, tokens: Tensor, reading: Tensor, ended: Tensor) -> None:
@@ -263,18 +310,18 @@ class SampleSearch(Search):
 class BeamSearch(Search):
     """Beam search with transformers' rules (`generation/utils.py`, `_beam_search`), every decision taken per row."""
 
-    def _state(self, rows: int) -> dict[str, Tensor]:
-        shape = (rows, self.width)
+    def _state(self, requests: Sequence[Request]) -> dict[str, Tensor]:
+        shape = (len(requests), self.width)
         score = torch.full(shape, _IMPOSSIBLE)
         score[:, 0] = 0.0
-        settings = [r.settings for r in self.requests]
+        settings = [r.settings for r in requests]
         return {
             "score": score,
             "best_tokens": torch.zeros(*shape, self._capacity, dtype=torch.int64),
             "best_score": torch.full(shape, _IMPOSSIBLE),
             "best_length": torch.ones(shape, dtype=torch.int64),
             "ended": torch.zeros(shape, dtype=torch.bool),
-            "improvable": torch.ones(rows, dtype=torch.bool),
+            "improvable": torch.ones(len(requests), dtype=torch.bool),
             "length_penalty": torch.tensor([s.length_penalty for s in settings], dtype=torch.float32),
             "stop_when_full": torch.tensor([s.early_stopping is True for s in settings]),
             "bound_by_limit": torch.tensor([s.early_stopping == "never" and s.length_penalty > 0 for s in settings]),
@@ -290,10 +337,8 @@ class BeamSearch(Search):
 
     def _advance(self, logits: Tensor) -> Tensor:
         rows, width = len(self.requests), self.width
-        scores = logits.log_softmax(dim=-1)
-        self._constraints.apply(scores, self._history())
         reading, prompt = self._forced()
-        total, parents, tokens = self._best_candidates(scores)
+        total, parents, tokens = self._best_candidates(logits)
         stops = (tokens[..., None] == self.row["stops"][:, None]).any(dim=-1)
         stops |= (self.row["length"] + 1 >= self.row["limit"])[:, None]
         self._finish(total, parents, tokens, stops & ~reading[:, None])
@@ -308,29 +353,35 @@ class BeamSearch(Search):
         self.row["tokens"] = history.scatter(
             2, self.row["length"][:, None, None].expand(-1, width, 1), tokens[..., None]
         )
-        self.row["nonfinite"] |= ~(total[:, 0] < float("inf"))
+        self.row["nonfinite"] |= ~(total[:, 0] < float("inf")) & ~self.row["done"]
         self._judge(reading, stops)
         return parents
 
-    def _best_candidates(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _best_candidates(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The best continuations of each row: total score, parent beam, token, `[R, C]` each, best first."""
-        rows, width = len(self.requests), self.width
-        if self._warpers is not None:
-            best, tokens = self._warpers.filtered(scores)
-        else:  # the C best of a row are among the C best of each of its beams, which spares a sort over W x V
-            best, tokens = scores.topk(min(self._candidates, scores.shape[1]), dim=-1)
+        rows, candidates = len(self.requests), min(self._candidates, logits.shape[1])
+        if self._warpers is None and not self._constraints:
+            best, tokens, normaliser = selection.best(logits, candidates, normaliser=True)
+            best = best - normaliser[:, None]  # type: ignore[index]
+        else:
+            scores = logits.float().log_softmax(dim=-1)
+            self._constraints.apply(scores, self._history())
+            if self._warpers is not None:
+                best, tokens = self._warpers.filtered(scores)
+            else:  # the C best of a row are among the C best of each of its beams, which spares a sort over W x V
+                best, tokens, _ = selection.best(scores, candidates, normaliser=False)
         count = best.shape[1]
         tokens = tokens.view(rows, -1)
-        total = (best.view(rows, width, count) + self.row["score"][:, :, None]).flatten(1)
-        rank = total if self._warpers is None else total + self._noise(tokens, scores.shape[1])
+        total = (best.view(rows, self.width, count) + self.row["score"][:, :, None]).flatten(1)
+        rank = total if self._warpers is None else total + self._noise(tokens)
         chosen = rank.topk(min(self._candidates, total.shape[1]), dim=1).indices
         return total.gather(1, chosen), chosen // count, tokens.gather(1, chosen)
 
-    def _noise(self, tokens: Tensor, vocabulary: int) -> Tensor:
+    def _noise(self, tokens: Tensor) -> Tensor:
         """Gumbel noise for rows that sample: the C best of noisy log-probabilities are C draws without replacement."""
         beam = torch.arange(tokens.shape[1], device=self.device) // (tokens.shape[1] // self.width)
         step = (self.row["length"] - self.row["prompt_length"])[:, None]
-        draws = uniform(self.row["seed"][:, None], self.row["row_id"][:, None], step, beam * vocabulary + tokens)
+        draws = uniform(self.row["seed"][:, None], self.row["row_id"][:, None], step, (beam << 32) + tokens)
         gumbel = -(-draws.clamp(min=1e-300).log()).log()
         return gumbel.float() * self._sampled[:, None]
 
@@ -342,7 +393,7 @@ class BeamSearch(Search):
         generated = (length + 1 - row["prompt_length"]).clamp(min=1).float()
         score = total[:, :width] / (generated ** row["length_penalty"])[:, None]
         full = row["ended"].all(dim=1) & row["stop_when_full"]
-        closed = full | ~row["improvable"]
+        closed = full | ~row["improvable"] | row["done"]
         score = score + closed[:, None] * _IMPOSSIBLE + ~ending * _IMPOSSIBLE
         index = parents[:, :width, None].expand(-1, -1, row["tokens"].shape[2])
         histories = row["tokens"].gather(1, index)
@@ -374,3 +425,29 @@ class BeamSearch(Search):
 
     def _outputs(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.row["best_tokens"][index], self.row["best_length"][index], self.row["best_score"][index]
+
+
+def _widened(x: Tensor, width: int, value: int) -> Tensor:
+    return pad(x, (0, width - x.shape[-1]), value=value)
+
+
+def make_search(
+    kind: str,
+    requests: Sequence[Request],
+    limits: Sequence[int],
+    width: int,
+    device: torch.device,
+    sampler: Sampler | None,
+) -> Search:
+    """The search of a kind, "beam" or "sample"."""
+    if kind == "beam":
+        return BeamSearch(requests, limits, width, device)
+    return SampleSearch(requests, limits, width, device, sampler)
+
+
+def search_kind(request: Request) -> tuple[str, int]:
+    """The kind of search a request needs and its width."""
+    settings = request.settings
+    if settings.num_beams > 1:
+        return "beam", settings.num_beams
+    return "sample", settings.num_return_sequences

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from s2s_ray.generation.cache import Cohort, DecoderCache
+from s2s_ray.generation.cache import Cohort, StepCache
 from s2s_ray.nn.attention import Attention
 from s2s_ray.nn.feedforward import FeedForward
 from s2s_ray.nn.layers import DecoderLayer, EncoderLayer
-from s2s_ray.nn.linear import Projection, pack_weight
+from s2s_ray.nn.linear import Projection, pack_head
+from s2s_ray.nn.ragged import RaggedRows
 
 
 class Backbone(nn.Module, ABC):
@@ -95,6 +96,19 @@ class Backbone(nn.Module, ABC):
             x = layer(x, self_mask)
         return self.finish_encoder(x)
 
+    def encode_ragged(self, token_ids: Tensor, rows: RaggedRows) -> Tensor:
+        """token_ids int64 `[B, S]` to memory `[T, D]` of the real tokens alone, one row after another. Needs `pack`."""
+        x = rows.pack(self.embed_source(token_ids, rows.padding_mask))
+        for layer in self.encoder_layers:
+            rows.use(layer.self_attention.relative_bias)  # type: ignore[union-attr, arg-type]
+            x = layer(x, rows)
+        return self.finish_encoder(x)
+
+    @property
+    def packed(self) -> Projection | None:
+        """What `pack` made of the head, None when unpacked; another object whenever the weights were packed anew."""
+        return self._packed_head
+
     def init_cache(self, memory: Tensor, padding_mask: Tensor, width: int = 1) -> Cohort:
         """Project memory `[B, S, D]` once to every layer's cross-attention keys and values, shared by `width` sequences
         a row.
@@ -114,14 +128,17 @@ class Backbone(nn.Module, ABC):
         tables = [attention.relative_bias.table() for attention in attentions if attention.relative_bias is not None]
         return torch.stack(tables) if tables else None
 
-    def decode(self, token_ids: Tensor, cache: DecoderCache) -> Tensor:
-        """The newest token of each sequence, int64 `[N]`, to logits fp32 `[N, V]`; the cache advances by one."""
+    def decode(self, token_ids: Tensor, cache: StepCache) -> Tensor:
+        """The newest token of each sequence, int64 `[N]`, to logits `[N, V or more]`: what packing adds to the
+        vocabulary has -inf. The cache advances by one.
+        """
         cache.begin_step()
         x = self.embed_target(token_ids, cache.positions(token_ids.device))
         for index, layer in enumerate(self.decoder_layers):
             x = layer.step(x, cache, index)  # type: ignore[operator]
         cache.end_step()
-        return self.logits(self.finish_decoder(x)).float()
+        x = self.finish_decoder(x)
+        return self.logits(x) if self._packed_head is None else self._packed_head(x)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Teacher-forced logits `[B, T, V]`.
@@ -139,7 +156,7 @@ class Backbone(nn.Module, ABC):
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states `[..., D]` to logits `[..., V]`."""
         if self._packed_head is not None:
-            return self._packed_head(x)
+            return self._packed_head(x)[..., : self.vocabulary_size]
         return F.linear(x, *self.output_head())
 
     # Packed weights: made for generation, dropped whenever the parameters may change.
@@ -152,7 +169,7 @@ class Backbone(nn.Module, ABC):
         for layer in (*self.encoder_layers, *self.decoder_layers):
             if isinstance(layer, (EncoderLayer, DecoderLayer)):
                 layer.pack()
-        self._packed_head = pack_weight(*self.output_head())
+        self._packed_head = pack_head(*self.output_head())
 
     def unpack(self) -> None:
         """Drop the packed weights."""

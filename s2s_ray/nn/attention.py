@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from s2s_ray.nn.linear import Projection, pack_linear
 from s2s_ray.nn.positions import RelativeBias
+from s2s_ray.nn.ragged import RaggedRows
 
 
 class Attention(nn.Module):
@@ -46,11 +47,14 @@ class Attention(nn.Module):
         self._packed: dict[str, Projection] = {}
 
     def forward(
-        self, x: Tensor, memory: Tensor | None = None, *, mask: Tensor | None = None, causal: bool = False
+        self, x: Tensor, memory: Tensor | None = None, *, mask: Tensor | RaggedRows | None = None, causal: bool = False
     ) -> Tensor:
         """x `[B, T, D]`, memory `[B, S, D]` (None: x itself), mask `[B or 1, 1 or H, 1 or T, S]`: bool,
-        True to attend, or what is added to the scores.
+        True to attend, or what is added to the scores. Rows without padding: x `[T, D]`, packed, mask says where they
+        are.
         """
+        if isinstance(mask, RaggedRows):
+            return self.output(mask.attend(self._packed["qkv"](x), heads=self.num_heads, scale=self.scale))
         query, key, value = self._project_all(x, memory)
         heads = F.scaled_dot_product_attention(
             self._split(query),

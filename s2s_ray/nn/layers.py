@@ -13,11 +13,12 @@ from torch.nn import functional as F
 
 from s2s_ray.nn.attention import Attention
 from s2s_ray.nn.feedforward import FeedForward
-from s2s_ray.nn.norms import RMSNorm
+from s2s_ray.nn.norms import RMSNorm, add_norm
 from s2s_ray.nn.positions import RelativeBias
+from s2s_ray.nn.ragged import RaggedRows
 
 if TYPE_CHECKING:
-    from s2s_ray.generation.cache import DecoderCache
+    from s2s_ray.generation.cache import StepCache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,7 @@ class _Layer(nn.Module):
     def _residual(self, x: Tensor, norm: nn.Module, block: Callable[[Tensor], Tensor]) -> Tensor:
         if self.pre_norm:
             return clamp_overflow(x + F.dropout(block(norm(x)), self.dropout, self.training))
-        return clamp_overflow(norm(x + F.dropout(block(x), self.dropout, self.training)))
+        return clamp_overflow(add_norm(x, F.dropout(block(x), self.dropout, self.training), norm))
 
 
 def clamp_overflow(x: Tensor) -> Tensor:
@@ -100,8 +101,8 @@ class EncoderLayer(_Layer):
         self.feedforward = shape.feedforward()
         self.feedforward_norm = shape.norm()
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x `[B, S, D]`, mask as in Attention or None."""
+    def forward(self, x: Tensor, mask: Tensor | RaggedRows | None) -> Tensor:
+        """x `[B, S, D]`, mask as in Attention or None; or x `[T, D]` and its rows."""
         x = self._residual(x, self.self_attention_norm, lambda h: self.self_attention(h, mask=mask))
         return self._residual(x, self.feedforward_norm, self.feedforward)
 
@@ -134,7 +135,7 @@ class DecoderLayer(_Layer):
         x = self._residual(x, self.cross_attention_norm, lambda h: self.cross_attention(h, memory, mask=memory_mask))
         return self._residual(x, self.feedforward_norm, self.feedforward)
 
-    def step(self, x: Tensor, cache: "DecoderCache", index: int) -> Tensor:
+    def step(self, x: Tensor, cache: "StepCache", index: int) -> Tensor:
         """One new token of every live sequence: x `[N, D]`; the cache holds all earlier ones and the memory."""
 
         def attend_self(h: Tensor) -> Tensor:

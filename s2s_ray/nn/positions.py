@@ -92,10 +92,13 @@ class RelativeBias(nn.Embedding):
         return bias.unfold(1, length, 1).flip(1)[None]  # row q is the window that begins at offset -q
 
     def table(self) -> Tensor:
-        """The bias on the key that lies 0, 1, ... `max_distance` before the query, `[H, max_distance + 1]`; the last
-        one holds for all that are farther.
+        """The bias on the key that lies 0, 1, ... `max_distance` before the query, `[H, max_distance + 1]`; where the
+        query sees both ways, on the key that lies -max_distance ... max_distance on, `[H, 2 max_distance + 1]`. The
+        ends hold for all that are farther.
         """
-        return self._of(-torch.arange(self.max_distance + 1, device=self.weight.device))
+        farthest = self.max_distance
+        offsets = torch.arange(-farthest, 1 if self.causal else farthest + 1, device=self.weight.device)
+        return self._of(offsets.flip(0) if self.causal else offsets)
 
     def _of(self, offsets: Tensor) -> Tensor:
         return super().forward(self._bucket(offsets)).T  # key minus query [L] -> [H, L]

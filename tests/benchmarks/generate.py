@@ -24,9 +24,11 @@ from s2s_ray.models.loading import DTYPES
 from tests.benchmarks.workload import SHAPES, make_model, make_rows
 
 Outputs = list[list[int]]
+Run = Callable[..., Outputs]  # over all rows, or the first so many
+WARM_UP_ROWS = 4
 
 
-def ours(model: Any, rows: Outputs, settings: GenerationSettings, args: argparse.Namespace) -> Callable[[], Outputs]:
+def ours(model: Any, rows: Outputs, settings: GenerationSettings, args: argparse.Namespace) -> Run:
     """The engine on the same weights."""
     backbone = BartBackbone(model.config.to_dict()).eval()
     names = {name: backbone.checkpoint_name(name) for name in backbone.state_dict()}
@@ -35,21 +37,21 @@ def ours(model: Any, rows: Outputs, settings: GenerationSettings, args: argparse
     backbone.to(device=args.device, dtype=DTYPES[args.dtype])
     engine = Engine(backbone, max_slots=args.slots, max_batch_tokens=args.batch_tokens)
 
-    def run() -> Outputs:
-        answers = engine.generate(Request(i, row, settings) for i, row in enumerate(rows))
+    def run(count: int | None = None) -> Outputs:
+        answers = engine.generate(Request(i, row, settings) for i, row in enumerate(rows[:count]))
         return [a.sequences[0].token_ids for a in sorted(answers, key=lambda answer: answer.request.row_id)]
 
     return run
 
 
-def transformers(model: Any, rows: Outputs, settings: GenerationSettings, batch: int) -> Callable[[], Outputs]:
+def transformers(model: Any, rows: Outputs, settings: GenerationSettings, batch: int) -> Run:
     """`transformers.generate` over batches of rows sorted by length."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
 
-    def run() -> Outputs:
+    def run(count: int | None = None) -> Outputs:
         outputs: Outputs = [[] for _ in rows]
-        for start in range(0, len(rows), batch):
-            chosen = order[start : start + batch]
+        for start in range(0, count or len(rows), batch):
+            chosen = order[start : start + (count or batch)]
             width = max(len(rows[i]) for i in chosen)
             ids = torch.full((len(chosen), width), 1)
             for place, i in enumerate(chosen):
@@ -63,7 +65,8 @@ def transformers(model: Any, rows: Outputs, settings: GenerationSettings, batch:
                 do_sample=False,
             ).tolist()
             for i, row in zip(chosen, made, strict=True):
-                outputs[i] = row[1 : row.index(2, 1) + 1] if 2 in row[1:] else row[1:]
+                ends = settings.eos_token_id and 2 in row[1:]
+                outputs[i] = row[1 : row.index(2, 1) + 1] if ends else row[1:]
         return outputs
 
     return run
@@ -79,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--mean-output", type=int, default=45, help="tokens asked for; the line at the end says what came"
     )
+    parser.add_argument("--max-output", type=int, default=142, help="tokens")
+    parser.add_argument("--uniform-sources", action="store_true", help="lengths uniform between the two")
+    parser.add_argument("--fixed-output", type=int, help="exactly so many new tokens, in place of ragged outputs")
     parser.add_argument("--num-beams", type=int, default=1)
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[16, 32, 64], help="tried for transformers")
     parser.add_argument("--repeats", type=int, default=3)
@@ -92,10 +98,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape = SHAPES[args.shape]
     model = make_model(shape).to(device=args.device, dtype=DTYPES[args.dtype])
     lengths = {"shortest": args.shortest, "longest": args.longest, "mean_source": args.mean_source}
-    rows = make_rows(shape, args.rows, **lengths, mean_output=args.mean_output)
+    rows = make_rows(shape, args.rows, **lengths, mean_output=args.mean_output, uniform=args.uniform_sources)
     settings = GenerationSettings(
-        max_length=143, num_beams=args.num_beams, eos_token_id=(2,), decoder_start_token_id=0, pad_token_id=1
+        max_length=1 + (args.fixed_output or args.max_output),
+        num_beams=args.num_beams,
+        eos_token_id=() if args.fixed_output else (2,),
+        decoder_start_token_id=0,
+        pad_token_id=1,
     )
+    if args.fixed_output:
+        model.generation_config.eos_token_id = None
     contestants = {"s2s_ray": ours(model, rows, settings, args)}
     contestants |= {f"transformers, batch {b}": transformers(model, rows, settings, b) for b in args.batch_sizes}
     times, outputs = _measure(contestants, args.repeats)
@@ -104,10 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _report(args, sources, times, outputs)
 
 
-def _measure(
-    contestants: dict[str, Callable[[], Outputs]], repeats: int
-) -> tuple[dict[str, list[float]], dict[str, Outputs]]:
+def _measure(contestants: dict[str, Run], repeats: int) -> tuple[dict[str, list[float]], dict[str, Outputs]]:
     times: dict[str, list[float]] = {name: [] for name in contestants}
+    for warm_up in contestants.values():
+        warm_up(WARM_UP_ROWS)
     outputs: dict[str, Outputs] = {}
     for turn in range(repeats):
         for name, run in contestants.items():

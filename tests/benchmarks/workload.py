@@ -19,7 +19,7 @@ _FIRST_TOKEN = 4
 _POSITION_GAIN = 3.0
 _END_GAIN = 30.0
 _EMBEDDING_SPREAD = 0.07  # of a token's and a position's embedding together, which the first norm brings to 1
-_DAMPING = 0.2  # of what each block adds to the stream, so that the two channels reach the last layer
+_DAMPING = 1.2  # shared by the layers: of what each block adds, so that the two channels reach the last layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,9 @@ SHAPES = {
     "marian": Shape(d_model=512, layers=6, decoder_layers=6, ffn_dim=2048, heads=8, vocab_size=58_101, max_length=512),
     "bart-base": Shape(
         d_model=768, layers=6, decoder_layers=6, ffn_dim=3072, heads=12, vocab_size=50_265, max_length=1024
+    ),
+    "bart-large": Shape(
+        d_model=1024, layers=12, decoder_layers=12, ffn_dim=4096, heads=16, vocab_size=50_264, max_length=1024
     ),
     "distilbart": Shape(
         d_model=1024, layers=12, decoder_layers=6, ffn_dim=4096, heads=16, vocab_size=50_264, max_length=1024
@@ -82,9 +85,10 @@ def _control(model: Any, shape: Shape) -> None:
     steps = torch.arange(decoder.embed_positions.weight.shape[0]) - 2.0
     decoder.embed_positions.weight[:, position] = _EMBEDDING_SPREAD * _position_code(steps)
     for layer in encoder.layers:
-        _silence((layer.self_attn.out_proj, layer.fc2), length)
+        _silence((layer.self_attn.out_proj, layer.fc2), length, _DAMPING / shape.layers)
     for layer in decoder.layers:
-        _silence((layer.self_attn.out_proj, layer.encoder_attn.out_proj, layer.fc2), position)
+        blocks = (layer.self_attn.out_proj, layer.encoder_attn.out_proj, layer.fc2)
+        _silence(blocks, position, _DAMPING / shape.decoder_layers)
     last = decoder.layers[-1].encoder_attn
     last.v_proj.weight[0] = 0.0
     last.v_proj.weight[0, length] = 1.0
@@ -95,9 +99,9 @@ def _control(model: Any, shape: Shape) -> None:
     model.final_logits_bias[0, 2] = 4.0
 
 
-def _silence(layers: tuple[Any, ...], channel: int) -> None:
+def _silence(layers: tuple[Any, ...], channel: int, damping: float) -> None:
     for layer in layers:
-        layer.weight *= _DAMPING
+        layer.weight *= damping
         layer.weight[channel] = 0.0
         layer.bias[channel] = 0.0
 
@@ -114,13 +118,24 @@ def _length_codes(shape: Shape) -> Tensor:
 
 
 def make_rows(
-    shape: Shape, count: int, *, shortest: int, longest: int, mean_source: int, mean_output: int, seed: int = 1
+    shape: Shape,
+    count: int,
+    *,
+    shortest: int,
+    longest: int,
+    mean_source: int,
+    mean_output: int,
+    uniform: bool = False,
+    seed: int = 1,
 ) -> list[list[int]]:
     """Sources and outputs with log-normal lengths, as texts have them: about `mean_source`, cut to `shortest` and
-    `longest`, and about `mean_output` tokens.
+    `longest` (or uniform between the two), and about `mean_output` tokens.
     """
     generator = torch.Generator().manual_seed(seed)
-    lengths = _log_normal(mean_source, 0.9, count, generator).clamp(shortest, longest).long().sub(2).tolist()
+    drawn = _log_normal(mean_source, 0.9, count, generator).clamp(shortest, longest)
+    if uniform:
+        drawn = torch.randint(shortest, longest + 1, (count,), generator=generator)
+    lengths = drawn.long().sub(2).tolist()
     wanted = _log_normal(mean_output, 0.6, count, generator)
     groups = (wanted / 150 * GROUPS).clamp(1, GROUPS - 1).long().tolist()
     per_group = (shape.vocab_size - _FIRST_TOKEN) // GROUPS - 1

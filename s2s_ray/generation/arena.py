@@ -1,0 +1,142 @@
+"""Keys and values of a fixed number of rows at fixed addresses: what a captured decoding step reads and writes.
+
+Every row has a place for its self-attention history and a list of pages for its source. Beams share the pages of their
+row; which beam wrote each position of a beam's history is a table (`ancestry`), so nothing is copied when beams move.
+
+Dimensions: R rows, W sequences a row, N = R x W, P positions, H heads, I = H x head size, S source length.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from s2s_ray.models.backbone import Backbone
+from s2s_ray.nn.layers import DecoderLayer
+from s2s_ray.nn.ragged import attention_kernels, to_device
+
+PAGE = 32  # source tokens
+
+
+class Arena:
+    """The cache of one lane of the slot decoder; it stands in for `DecoderCache` in `Backbone.decode`.
+
+    `ages` int64 `[R]` counts each row's positions; it stops where `done` bool `[R]`, which the search owns, is set.
+    """
+
+    def __init__(self, backbone: Backbone, done: Tensor, *, width: int, positions: int, source_tokens: int) -> None:
+        """positions: the most that a sequence can have; source_tokens: room for all rows' sources together."""
+        layers = [layer for layer in backbone.decoder_layers if isinstance(layer, DecoderLayer)]
+        self._attentions = [(layer.self_attention, layer.cross_attention) for layer in layers]
+        weight = layers[0].self_attention.query.weight
+        inner, device = weight.shape[0], weight.device
+        rows = done.shape[0]
+        self._kernels = attention_kernels(device)
+        self.width = width
+        self.done = done
+        self._device = device
+        num_pages = -(-source_tokens // PAGE) + rows
+        self._own = torch.empty(len(layers), rows, positions, width, 2 * inner, dtype=weight.dtype, device=device)
+        self._cross = torch.empty(len(layers), num_pages * PAGE, 2 * inner, dtype=weight.dtype, device=device)
+        longest = backbone.max_source_length or source_tokens
+        self.max_row_pages = min(num_pages, -(-longest // PAGE))
+        self._pages = torch.zeros(rows, self.max_row_pages, dtype=torch.int32, device=device)
+        self._lengths = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.ages = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._lanes = torch.arange(width, dtype=torch.int8, device=device)
+        self._ancestry = None
+        if width > 1:
+            self._ancestry = torch.zeros(rows, width, positions, dtype=torch.int8, device=device)
+        self._tables = backbone.position_tables()
+        self._free = list(range(num_pages))
+        self._held: dict[int, list[int]] = {}
+
+    @staticmethod
+    def bytes_per_position(backbone: Backbone) -> int:
+        """Memory that one position (or source token) of one sequence takes in all layers."""
+        layers = [layer for layer in backbone.decoder_layers if isinstance(layer, DecoderLayer)]
+        weight = layers[0].self_attention.query.weight
+        return len(layers) * 2 * weight.shape[0] * weight.element_size()
+
+    def place(self, rows: Sequence[int], lengths: Sequence[int], memory: Tensor) -> None:
+        """Give the rows their sources: memory `[sum of lengths, D]`, one row after another."""
+        pages = np.zeros((len(rows), self.max_row_pages), np.int32)
+        for own, row, length in zip(pages, rows, lengths, strict=True):
+            count = -(-length // PAGE)
+            own[:count] = self._held[row] = self._free[-count:]
+            del self._free[-count:]
+        place = np.arange(pages.shape[1] * PAGE)
+        slots = (pages[:, place // PAGE].astype(np.int64) * PAGE + place % PAGE)[place < np.array(lengths)[:, None]]
+        index = to_device(torch.tensor(rows), self._device)
+        self._pages.index_copy_(0, index, to_device(torch.from_numpy(pages), self._device))
+        self._lengths.index_copy_(0, index, to_device(torch.tensor(lengths, dtype=torch.int32), self._device))
+        self.ages.index_fill_(0, index, 0)
+        target = to_device(torch.from_numpy(slots), self._device)
+        for layer, (_, attention) in zip(self._cross, self._attentions, strict=True):
+            self._kernels.scatter(_side_by_side(*attention.project_memory(memory)), target, layer)
+
+    def release(self, row: int) -> None:
+        """Take back a row's pages."""
+        self._free += self._held.pop(row)
+
+    # What Backbone.decode calls.
+
+    def begin_step(self) -> None:
+        """Every beam of the newest position continues itself."""
+        if self._ancestry is not None:
+            index = self.ages[:, None, None].expand(-1, self.width, 1)
+            self._ancestry.scatter_(2, index, self._lanes[None, :, None].expand(self.ages.shape[0], -1, 1))
+
+    def end_step(self) -> None:
+        """The position written in this step now belongs to the history."""
+        self.ages += ~self.done
+
+    def positions(self, device: torch.device) -> Tensor:
+        """The position of the token that each sequence now adds, int64 `[N]`, from 0."""
+        return self.ages[:, None].expand(-1, self.width).reshape(-1)
+
+    def attend_self(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query, key, value `[N, I]` to the attention output `[N, I]` over each sequence's own history."""
+        attention = self._attentions[layer][0]
+        table = None if self._tables is None else self._tables[layer % len(self._tables)]
+        return self._kernels.decode_self(
+            query,
+            _side_by_side(key, value),
+            self._own[layer],
+            self.ages,
+            self.done,
+            self._ancestry,
+            table,
+            heads=attention.num_heads,
+            width=self.width,
+            scale=attention.scale,
+        )
+
+    def attend_cross(self, layer: int, query: Tensor) -> Tensor:
+        """query `[N, I]` to the attention output `[N, I]` over each row's source."""
+        attention = self._attentions[layer][1]
+        return self._kernels.decode_cross(
+            query,
+            self._cross[layer],
+            self._pages,
+            self._lengths,
+            self.done,
+            heads=attention.num_heads,
+            width=self.width,
+            scale=attention.scale,
+            page=PAGE,
+        )
+
+    def reorder(self, parents: Tensor) -> None:
+        """Continue sequence w of row r from the history of sequence `parents[r, w]`; parents int64 `[R, W]`."""
+        if self._ancestry is not None:
+            self._ancestry.copy_(self._ancestry.gather(1, parents[:, :, None].expand_as(self._ancestry)))
+
+
+def _side_by_side(key: Tensor, value: Tensor) -> Tensor:
+    # The two are neighbouring columns of one packed product: a view of both, where they are.
+    inner = key.shape[1]
+    if value.data_ptr() == key.data_ptr() + inner * key.element_size() and key.stride() == value.stride():
+        return key.as_strided((key.shape[0], 2 * inner), key.stride())
+    return torch.cat((key, value), dim=1)

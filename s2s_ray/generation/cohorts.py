@@ -1,0 +1,124 @@
+"""Decoding on a CPU: rows admitted together stay together as a cohort, with a cache as tight as their sources.
+
+A step runs every linear layer over the live rows of all cohorts at once and attention cohort by cohort.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from s2s_ray.generation.cache import Cohort, DecoderCache, closing_order
+from s2s_ray.generation.requests import Finished, Request
+from s2s_ray.generation.scheduler import Budget, Scheduler
+from s2s_ray.generation.search import Search, make_search, search_kind
+from s2s_ray.models.backbone import Backbone
+
+_DEAD_SHARE = 0.1  # of a cohort; from here on its last live rows are moved into the gaps
+
+
+@dataclass(slots=True)
+class _Lane:
+    """The live rows of one kind of search: their state and, in the same order, their cohorts."""
+
+    search: Search
+    cohorts: list[Cohort]
+    answered: list[bool]
+
+
+class CohortDecoder:
+    """The rows being decoded, of any number of kinds."""
+
+    def __init__(self, backbone: Backbone, budget: Budget, sampler: Any) -> None:
+        self.backbone = backbone
+        self.budget = budget
+        self._device = next(backbone.parameters()).device
+        self._sampler = sampler
+        self._lanes: dict[Hashable, _Lane] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether any row is being decoded."""
+        return bool(self._lanes)
+
+    def kind(self, request: Request, limit: int) -> tuple[Any, ...]:
+        """What rows must share to be decoded by one search."""
+        return search_kind(request)
+
+    def next_rows(self, scheduler: Scheduler) -> tuple[Any, list[Request]] | None:
+        """The rows to admit now and their kind."""
+        cohorts = [cohort for lane in self._lanes.values() for cohort in lane.cohorts]
+        used_slots = sum(cohort.num_sequences for cohort in cohorts)
+        used_tokens = sum(cohort.num_sequences * cohort.source_length for cohort in cohorts)
+        return scheduler.next_cohort(used_slots, used_tokens)
+
+    def admit(self, kind: tuple[Any, ...], requests: list[Request], limits: list[int]) -> None:
+        """Encode the rows as a new cohort. Raises torch.OutOfMemoryError; nothing is held then."""
+        cohort = self._encode(requests, kind[1])
+        search = make_search(kind[0], requests, limits, kind[1], self._device, self._sampler)
+        lane = self._lanes.get(kind)
+        if lane is None:
+            self._lanes[kind] = _Lane(search, [cohort], [False] * len(requests))
+            return
+        lane.search.join(search)
+        lane.cohorts.append(cohort)
+        lane.answered += [False] * len(requests)
+
+    def _encode(self, requests: list[Request], width: int) -> Cohort:
+        rows = [torch.as_tensor(request.token_ids, dtype=torch.int64) for request in requests]
+        lengths = torch.tensor([max(1, len(row)) for row in rows])
+        token_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        padding_mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        token_ids, padding_mask = token_ids.to(self._device), padding_mask.to(self._device)
+        return self.backbone.init_cache(self.backbone.encode(token_ids, padding_mask), padding_mask, width)
+
+    def step(self) -> list[Finished]:
+        """One token for every row; the rows that are done now."""
+        lanes = list(self._lanes.values())
+        newest = [lane.search.newest() for lane in lanes]
+        cache = DecoderCache([cohort for lane in lanes for cohort in lane.cohorts])
+        logits = self.backbone.decode(torch.cat(newest), cache)
+        for lane, scores in zip(lanes, logits.split([t.numel() for t in newest]), strict=True):
+            parents = lane.search.advance(scores)
+            if parents is not None:
+                sizes = [cohort.num_rows for cohort in lane.cohorts]
+                for cohort, moved in zip(lane.cohorts, parents.split(sizes), strict=True):
+                    cohort.reorder(moved)
+        return [answer for kind in list(self._lanes) for answer in self._settle(kind)]
+
+    def live(self) -> int:
+        """Sequences being decoded."""
+        return sum(lane.answered.count(False) * lane.search.width for lane in self._lanes.values())
+
+    def _settle(self, kind: Hashable) -> list[Finished]:
+        """Answer the rows of a lane that are done, and give their place back once enough of a cohort is dead."""
+        lane = self._lanes[kind]
+        fresh = [row for row, done in enumerate(lane.search.done()) if done and not lane.answered[row]]
+        if not fresh:
+            return []
+        answers = lane.search.collect(fresh)
+        for row in fresh:
+            lane.answered[row] = True
+        kept: list[int] = []
+        cohorts: list[Cohort] = []
+        start = 0
+        for cohort in lane.cohorts:
+            rows = range(start, start + cohort.num_rows)
+            start += cohort.num_rows
+            live = [not lane.answered[row] for row in rows]
+            if not any(live):
+                continue
+            order = list(range(len(live)))
+            if live.count(False) >= max(1, _DEAD_SHARE * len(live)):
+                order = closing_order(live)
+                cohort.keep(order)
+            kept += [rows.start + row for row in order]
+            cohorts.append(cohort)
+        if not cohorts:
+            del self._lanes[kind]
+        elif len(kept) < len(lane.answered):
+            lane.search.keep(kept)
+            lane.answered = [lane.answered[row] for row in kept]
+            lane.cohorts = cohorts
+        return answers

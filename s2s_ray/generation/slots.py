@@ -1,0 +1,238 @@
+"""Decoding on a GPU: a fixed number of slots, their caches in an arena, one captured graph a step.
+
+Rows are placed into free slots and leave them when they are done; a step always runs over all slots, and the attention
+kernels skip those that are empty. The host never waits for a step: it reads who was done after the one before.
+
+All rows of a lane share the kind of search, its width and the room for tokens. While they share their settings too, the
+whole step, choice of tokens included, is one graph; otherwise the choice runs outside of it, with tables per row.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from s2s_ray.generation.arena import Arena
+from s2s_ray.generation.requests import Finished, Request
+from s2s_ray.generation.scheduler import Budget, Scheduler
+from s2s_ray.generation.search import make_search, search_kind
+from s2s_ray.generation.settings import GenerationSettings
+from s2s_ray.models.backbone import Backbone
+from s2s_ray.nn.ragged import RaggedRows, to_device
+
+LONGEST_TARGET = 2**15  # tokens; a slot is as long as the longest target it may hold
+_ROOM = 64  # tokens; the histories of a lane have room for a multiple of it
+_OWN_SHARE, _SOURCE_SHARE = 0.2, 0.45  # of the free memory: histories, sources
+
+
+class SlotDecoder:
+    """The rows being decoded on one device, one kind at a time."""
+
+    def __init__(self, backbone: Backbone, budget: Budget, sampler: Any) -> None:
+        self.backbone = backbone
+        self.budget = budget
+        self._sampler = sampler
+        self._lane: _Lane | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether any row is being decoded."""
+        return self._lane is not None and bool(self._lane.occupied)
+
+    def next_rows(self, scheduler: Scheduler) -> tuple[Any, list[Request]] | None:
+        """The rows to admit now and their kind."""
+        if not self.busy and (waiting := scheduler.next_kind()) is not None:
+            self._prepare(*waiting)
+        if self._lane is None:
+            return None
+        return scheduler.next_cohort(*self._lane.used(), self._lane.budget, self._lane.kind)
+
+    def _prepare(self, kind: Any, first: Request) -> None:
+        limit = first.settings.length_limit(1 + len(first.prompt_ids), self.backbone.max_target_length)
+        if self._lane is None or not self._lane.suits(kind, first, limit):
+            self._lane = None  # its memory goes before the next one's is taken
+            self._lane = _Lane(self.backbone, self.budget, kind, first, limit, self._sampler)
+
+    def kind(self, request: Request, limit: int) -> tuple[Any, ...]:
+        """What rows must share to be decoded side by side."""
+        return (*search_kind(request), -(-(limit + 1) // _ROOM) * _ROOM)
+
+    def admit(self, kind: tuple[Any, ...], requests: list[Request], limits: list[int]) -> None:
+        """Encode the rows and give them slots. Raises torch.OutOfMemoryError; nothing is held then."""
+        self._lane.place(requests, limits)  # type: ignore[union-attr]
+
+    def step(self) -> list[Finished]:
+        """One token for every row; the rows that were done a step ago."""
+        return self._lane.step() if self._lane is not None and self.busy else []
+
+    def live(self) -> int:
+        """Sequences being decoded."""
+        return 0 if self._lane is None else len(self._lane.occupied) * self._lane.search.width
+
+
+class _Lane:
+    """Slots for rows of one kind."""
+
+    def __init__(
+        self, backbone: Backbone, budget: Budget, kind: tuple[Any, ...], first: Request, limit: int, sampler: Any
+    ) -> None:
+        self.backbone = backbone
+        self.kind = kind
+        self._device = next(backbone.parameters()).device
+        _, self.width, self._room = kind
+        self.budget = _fitted(backbone, budget, self.width, self._room, len(first.token_ids), self._device)
+        rows, source_tokens = self.budget.slots // self.width, self.budget.tokens // self.width
+        self._settings = first.settings
+        self._limit = limit
+        self.uniform = _is_uniform(first) and sampler is None
+        filler = dataclasses.replace(first, prompt_ids=())
+        self.search = make_search(kind[0], [filler] * rows, [limit] * rows, self.width, self._device, sampler)
+        self.search.hold(self._room)
+        self.arena = Arena(
+            backbone, self.search.row["done"], width=self.width, positions=self._room, source_tokens=source_tokens
+        )
+        self._free = list(range(rows))[::-1]
+        self.occupied: dict[int, int] = {}  # row to source tokens
+        self._graph: Any = None
+        self._logits: Tensor | None = None
+        self._flags = [torch.zeros(rows, dtype=torch.bool).pin_memory() for _ in range(2)] if self._cuda else []
+        self._events = [torch.cuda.Event() for _ in range(2)] if self._cuda else []
+        self._side = torch.cuda.Stream() if self._cuda else None
+        self._steps = 0
+        self._placed_at: dict[int, int] = {}
+        self._packed = backbone.packed
+        if self._cuda and self.uniform:
+            self._graph = self._capture(lambda: self._advance(self._decode()))
+
+    @property
+    def _cuda(self) -> bool:
+        return self._device.type == "cuda"
+
+    def suits(self, kind: tuple[Any, ...], first: Request, limit: int) -> bool:
+        """Whether this lane, when empty, is what rows like this one need."""
+        current = self._packed is self.backbone.packed
+        enough = len(first.token_ids) * self.width <= self.budget.tokens
+        return current and enough and kind == self.kind and self.uniform and self._fits(first, limit)
+
+    def used(self) -> tuple[int, int]:
+        """Slots (sequences) and source tokens x width taken."""
+        return len(self.occupied) * self.width, sum(self.occupied.values()) * self.width
+
+    def place(self, requests: list[Request], limits: list[int]) -> None:
+        """Encode the rows and put them into free slots."""
+        memory, lengths = _encode(self.backbone, requests, self._device)
+        rows = [self._free.pop() for _ in requests]
+        if self.uniform and not all(self._fits(r, limit) for r, limit in zip(requests, limits, strict=True)):
+            self.uniform, self._graph = False, None
+        self.arena.place(rows, lengths, memory)
+        self.search.place(rows, requests, limits)
+        if not self.uniform:
+            self.search.refresh()
+        for row, length in zip(rows, lengths, strict=True):
+            self.occupied[row] = length
+            self._placed_at[row] = self._steps
+
+    def _fits(self, request: Request, limit: int) -> bool:
+        if request.settings is not self._settings and _shared(request.settings) != _shared(self._settings):
+            return False
+        limits = limit == self._limit or request.settings.forced_eos_token_id is None
+        return limits and not request.prompt_ids
+
+    def step(self) -> list[Finished]:
+        """Run one step; answer what was done before it."""
+        self._run()
+        self._steps += 1
+        if not self._cuda:
+            return self._answer(self.search.row["done"].tolist(), self._steps)
+        now, before = self._steps % 2, (self._steps + 1) % 2
+        self._flags[now].copy_(self.search.row["done"], non_blocking=True)
+        self._events[now].record()
+        if self._steps == 1:
+            return []
+        self._events[before].synchronize()
+        with torch.cuda.stream(self._side):
+            self._side.wait_event(self._events[before])  # type: ignore[union-attr]
+            return self._answer(self._flags[before].numpy(), self._steps - 1)
+
+    def _answer(self, done: Any, at: int) -> list[Finished]:
+        # A row's slot may still carry the flag of the row before it.
+        finished = [row for row in self.occupied if done[row] and self._placed_at[row] < at]
+        if not finished:
+            return []
+        answers = self.search.collect(finished)
+        for row in finished:
+            self.arena.release(row)
+            self._free.append(row)
+            del self.occupied[row], self._placed_at[row]
+        return answers
+
+    def _run(self) -> None:
+        if not self._cuda:
+            self._advance(self._decode())
+        elif self.uniform:
+            self._graph.replay()
+        else:
+            self._graph = self._graph or self._capture(self._keep_logits)
+            self._graph.replay()
+            self._advance(self._logits.clone())  # type: ignore[union-attr]
+
+    def _decode(self) -> Tensor:
+        return self.backbone.decode(self.search.newest(), self.arena)
+
+    def _keep_logits(self) -> None:
+        self._logits = self._decode()
+
+    def _advance(self, logits: Tensor) -> None:
+        parents = self.search.advance_in_place(logits)
+        if parents is not None:
+            self.arena.reorder(parents)
+
+    def _capture(self, step: Any) -> Any:
+        """A graph of one step. What warms up runs with every row done, so that no row moves on."""
+        done = self.search.row["done"].clone()
+        self.search.row["done"].fill_(True)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        self.search.row["done"].copy_(done)
+        return graph
+
+
+def _shared(settings: GenerationSettings) -> GenerationSettings:
+    """The settings without those that every row keeps for itself."""
+    return dataclasses.replace(settings, seed=0, max_length=None, max_new_tokens=None)
+
+
+def _is_uniform(request: Request) -> bool:
+    """Whether the tables of a step can be the same for every row with these settings."""
+    return not request.prompt_ids and not request.settings.encoder_no_repeat_ngram_size
+
+
+def _encode(backbone: Backbone, requests: list[Request], device: torch.device) -> tuple[Tensor, list[int]]:
+    lengths = [max(1, len(request.token_ids)) for request in requests]
+    token_ids = np.zeros((len(requests), max(lengths)), np.int64)
+    for place, request in zip(token_ids, requests, strict=True):
+        place[: len(request.token_ids)] = request.token_ids
+    return backbone.encode_ragged(to_device(torch.from_numpy(token_ids), device), RaggedRows(lengths, device)), lengths
+
+
+def _fitted(backbone: Backbone, budget: Budget, width: int, room: int, longest: int, device: torch.device) -> Budget:
+    """The budget, as far as the device's memory allows it, but one row of `longest` source tokens at the least."""
+    rows, tokens = max(1, budget.slots // width), budget.tokens // width
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        free -= torch.cuda.memory_allocated(device)
+        each = Arena.bytes_per_position(backbone)
+        rows = max(1, min(rows, int(free * _OWN_SHARE) // (each * room * width)))
+        tokens = min(tokens, int(free * _SOURCE_SHARE) // each)
+    if backbone.max_source_length is not None:
+        tokens = min(tokens, rows * backbone.max_source_length)
+    tokens = max(tokens, longest)
+    return dataclasses.replace(budget, slots=rows * width, tokens=tokens * width)
