@@ -51,7 +51,7 @@ class JobProcess:
             cwd=ROOT,
         )
 
-    def finish(self, timeout: float = 150) -> tuple[int, str, str]:
+    def finish(self, timeout: float = 400) -> tuple[int, str, str]:
         """(exit code, stdout, stderr)"""
         try:
             out, error = self.process.communicate(timeout=timeout)
@@ -75,12 +75,12 @@ def job_environment(**extra: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), **extra}
 
 
-def run_job(script: str, *arguments: str, timeout: float = 150, **environment: str) -> tuple[int, str, str]:
+def run_job(script: str, *arguments: str, timeout: float = 400, **environment: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a job."""
     return JobProcess(script, *arguments, **environment).finish(timeout)
 
 
-def wait_for(condition: Callable[[], Any], timeout: float = 90, what: str = "the condition") -> Any:
+def wait_for(condition: Callable[[], Any], timeout: float = 300, what: str = "the condition") -> Any:
     """The first true value of `condition`."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:

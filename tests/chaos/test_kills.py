@@ -12,8 +12,9 @@ from s2s_ray.pipelines.publish import verify
 from s2s_ray.seq2seq_lm import Seq2SeqLM
 from s2s_ray.storage import Location
 
+pytestmark = pytest.mark.timeout(900)  # a busy machine is no fault
 ROWS = 128
-SLOW = {"S2S_RAY_FAILPOINT": "attempt.before:0:sleep=0.5"}  # each unit takes a while at its replica
+SLOW = {"S2S_RAY_FAILPOINT": "attempt.before:0:sleep=1"}  # each unit takes a while at its replica
 
 
 @pytest.fixture(scope="module")
