@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.full, pytest.mark.timeout(1200)]
 SEED = int(os.environ.get("S2S_RAY_TEST_SEED", "20260"))
 ROWS, UNIT = int(os.environ.get("S2S_RAY_TEST_ROWS", "480")), 8
 UNITS = ROWS // UNIT
-PACE = 0.5  # seconds that each unit waits at its replica, four at a time
+PACE = 0.5  # seconds that each unit waits at its replica
 DATA = 80 * 2**20  # bytes of each node's object store
 QUICK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 6}
 Record = Callable[..., None]
@@ -53,7 +53,7 @@ class Nodes:
 
     @property
     def environment(self) -> dict[str, str]:
-        failpoint = f"attempt.before:0:sleep={PACE}"
+        failpoint = f"row.*:0:sleep={PACE / UNIT}"
         shared = {"S2S_RAY_FAILPOINT": failpoint, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
         return {**shared, MARKER: self.marker, "OMP_NUM_THREADS": "1"}
 

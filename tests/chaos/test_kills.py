@@ -14,7 +14,7 @@ from s2s_ray.storage import Location
 
 pytestmark = pytest.mark.timeout(900)  # a busy machine is no fault
 ROWS = 128
-SLOW = {"S2S_RAY_FAILPOINT": "attempt.before:0:sleep=1"}  # each unit takes a while at its replica
+SLOW = {"S2S_RAY_FAILPOINT": "row.*:0:sleep=0.06"}  # each unit takes a while at its replica
 
 
 @pytest.fixture(scope="module")
