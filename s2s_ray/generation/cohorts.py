@@ -87,6 +87,11 @@ class CohortDecoder:
                     cohort.reorder(moved)
         return [answer for kind in list(self._lanes) for answer in self._settle(kind)]
 
+    @property
+    def slots(self) -> int:
+        """Sequences that may be decoded at one time."""
+        return self.budget.slots
+
     def live(self) -> int:
         """Sequences being decoded."""
         return sum(lane.answered.count(False) * lane.search.width for lane in self._lanes.values())

@@ -127,13 +127,14 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Finished]:
         """Admit what fits, decode one token of every live row, and return the rows that finished."""
-        while (chosen := self._decoder.next_rows(self._scheduler)) is not None:
-            self._start(*chosen)
-        if self._decoder.busy:
-            self.stats.steps += 1
-            self.stats.slot_steps += self._budget.slots
-            self.stats.live_slot_steps += self._decoder.live()
-            self._answer(self._decoder.step())
+        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+            while (chosen := self._decoder.next_rows(self._scheduler)) is not None:
+                self._start(*chosen)
+            if self._decoder.busy:
+                self.stats.steps += 1
+                self.stats.slot_steps += self._decoder.slots
+                self.stats.live_slot_steps += self._decoder.live()
+                self._answer(self._decoder.step())
         answers, self._answers = self._answers, []
         return answers
 

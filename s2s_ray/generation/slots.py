@@ -67,6 +67,11 @@ class SlotDecoder:
         """One token for every row; the rows that were done a step ago."""
         return self._lane.step() if self._lane is not None and self.busy else []
 
+    @property
+    def slots(self) -> int:
+        """Sequences that may be decoded at one time."""
+        return self.budget.slots if self._lane is None else self._lane.budget.slots
+
     def live(self) -> int:
         """Sequences being decoded."""
         return 0 if self._lane is None else len(self._lane.occupied) * self._lane.search.width

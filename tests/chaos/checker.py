@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-NEW_COLUMNS = ("summary", "num_tokens", "finish_reason", "truncated", "score")
+NEW_COLUMNS = ("summary", "translation", "num_tokens", "finish_reason", "truncated", "score")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def inputs(tmp_path: Path) -> str:
         (["--num-replicas", "8:2"], 2, "--num-replicas must be"),
         (["--temperature", "0.5"], 2, "--temperature needs --sampler"),
         (["--config", "no.toml"], 2, "readable TOML file"),
-        (["--on-long", "split"], 2, "invalid choice"),
+        (["--on-long", "split"], 2, "without --segment sentence"),
     ],
 )
 def test_one_clear_line(

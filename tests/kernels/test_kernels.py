@@ -36,7 +36,7 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
-@pytest.mark.parametrize(("width", "size"), [(1, 64), (1, 8), (3, 8), (4, 64)])
+@pytest.mark.parametrize(("width", "size"), [(1, 64), (3, 8)])
 def test_self_attention_of_one_step(width: int, size: int, biased: bool, dtype: torch.dtype) -> None:
     rows, positions, inner = 5, 40, HEADS * size
     product = normal(rows * width, 3 * inner, dtype=dtype)
@@ -74,7 +74,7 @@ def test_self_attention_of_one_step(width: int, size: int, biased: bool, dtype: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("width", "size"), [(1, 64), (1, 8), (3, 8), (4, 64)])
+@pytest.mark.parametrize(("width", "size"), [(1, 64), (3, 8)])
 def test_cross_attention_over_pages(width: int, size: int, dtype: torch.dtype) -> None:
     rows, inner, page = 5, HEADS * size, 32
     held = normal(40 * page, 2 * inner, dtype=dtype)
@@ -103,7 +103,7 @@ def test_attention_within_ragged_rows(biased: bool, dtype: torch.dtype) -> None:
     close(found, expected, dtype)
 
 
-@pytest.mark.parametrize("vocabulary", [50, 211, 5_001])
+@pytest.mark.parametrize("vocabulary", [50, 5_001])
 @pytest.mark.parametrize("count", [1, 6])
 def test_the_best_tokens(vocabulary: int, count: int) -> None:
     scores = normal(9, vocabulary)

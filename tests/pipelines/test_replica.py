@@ -213,8 +213,7 @@ class SmallDevice:
 
     def step(self) -> Any:
         answers = self.engine.step()
-        live = sum(lane.answered.count(False) for lane in self.engine._lanes.values())
-        if live > self.room:
+        if self.engine._decoder.live() > self.room:
             raise torch.OutOfMemoryError("out of memory")
         return answers
 

@@ -27,7 +27,7 @@ def sources(work: pa.Table, directory: Path) -> list[str]:
     """What the model would read, language tokens included."""
     tokenizer = Seq2SeqLMPreprocessor.from_directory(directory).tokenizer
     rows = [ids or [] for ids in work.column("token_ids").to_pylist()]
-    return [tokenizer._backend.decode(ids[1:-1], skip_special_tokens=False) for ids in rows]
+    return [tokenizer._backend.library.decode(ids[1:-1], skip_special_tokens=False) for ids in rows]
 
 
 def test_sentences_are_read_alone_and_come_back_in_their_places(tiny_bart_dir: Path, tmp_path: Path) -> None:
