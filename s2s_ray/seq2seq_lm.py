@@ -204,7 +204,8 @@ class Seq2SeqLM:
         """Generate from text; what goes in decides what comes out.
 
         A string gives a string, a list, tuple, NumPy or Arrow array a list. A dictionary holds `encoder_text` and maybe
-        `decoder_text`, a prompt the output continues and, unless `strip_prompt`, begins with. An iterator or DataLoader
+        `decoder_text`, a prompt the output continues and, unless `strip_prompt`, begins with, and maybe `source_lang`
+        and `target_lang`, as the arguments of these names. An iterator or DataLoader
         of any of these gives one list. A dictionary of `encoder_token_ids` (with `encoder_padding_mask`,
         `decoder_token_ids`, `decoder_padding_mask`, all optional, `[B, S]` and `[B, T]`) gives a dictionary of
         `decoder_token_ids` and `decoder_padding_mask`, and is the form for a task without preprocessor.

@@ -5,7 +5,7 @@ again.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from s2s_ray.errors import InputError, SettingsError
 from s2s_ray.generation.requests import Finished, Generated, Request
 from s2s_ray.generation.settings import FIELD_NAMES, GenerationSettings
-from s2s_ray.text.inputs import Lang, is_column
+from s2s_ray.text.inputs import LANGUAGE_KEYS, Lang, as_list, is_column
 from s2s_ray.text.preprocessor import Seq2SeqLMPreprocessor
 
 
@@ -34,6 +34,12 @@ class _Row:
     start: int | None = None  # the first decoder token, where ids were given
     width: int | None = None  # the padded decoder length, where ids were given
     changes: Mapping[str, int] = field(default_factory=dict)  # settings that the row's languages decide
+
+
+class _TextBatch(NamedTuple):
+    sources: list[Any]
+    prompts: list[Any]
+    languages: Mapping[str, Lang] = {}  # the batch's own, by LANGUAGE_KEYS
 
 
 class Calls:
@@ -203,13 +209,15 @@ def read_inputs(
 
 
 def _text_rows(
-    batches: Iterable[tuple[list[Any], list[Any]]], preprocessor: Seq2SeqLMPreprocessor, languages: Mapping[str, Lang]
+    batches: Iterable[_TextBatch], preprocessor: Seq2SeqLMPreprocessor, languages: Mapping[str, Lang]
 ) -> Iterator[_Row]:
     done = 0
-    for sources, prompts in batches:
+    for sources, prompts, given in batches:
         end = done + len(sources)
         own = {name: list(lang or ())[done:end] if is_column(lang) else lang for name, lang in languages.items()}
-        routes = preprocessor.routes(len(sources), **own)
+        if both := [name for name in given if own[name] is not None]:
+            raise InputError(f"{both[0]} must be a key of the inputs or an argument of generate. Received: both")
+        routes = preprocessor.routes(len(sources), **{**own, **given})
         encoded, _ = preprocessor.encode_sources(sources, routes=routes)
         starts = preprocessor.encode_prompts(prompts, routes=routes) if any(prompts) else [[]] * len(sources)
         for token_ids, prompt, route in zip(encoded, starts, routes, strict=True):
@@ -217,14 +225,14 @@ def _text_rows(
         done = end
 
 
-def _text_batches(inputs: Any) -> tuple[Iterable[tuple[list[Any], list[Any]]], bool]:
+def _text_batches(inputs: Any) -> tuple[Iterable[_TextBatch], bool]:
     if isinstance(inputs, (str, np.str_)):
-        return [([str(inputs)], [""])], True
+        return [_TextBatch([str(inputs)], [""])], True
     if isinstance(inputs, Mapping):
         return _dictionary_batch(inputs)
     listed = _as_list(inputs)
     if listed is not None:
-        return ([(listed, [""] * len(listed))] if listed else []), False
+        return ([_TextBatch(listed, [""] * len(listed))] if listed else []), False
     if hasattr(inputs, "to_pydict"):  # an Arrow table or record batch
         return _dictionary_batch(inputs.to_pydict())
     if isinstance(inputs, Iterable):
@@ -235,7 +243,7 @@ def _text_batches(inputs: Any) -> tuple[Iterable[tuple[list[Any], list[Any]]], b
     )
 
 
-def _dictionary_batch(inputs: Mapping[str, Any]) -> tuple[list[tuple[list[Any], list[Any]]], bool]:
+def _dictionary_batch(inputs: Mapping[str, Any]) -> tuple[list[_TextBatch], bool]:
     if "encoder_text" not in inputs:
         raise InputError(f"the dictionary must hold encoder_text. Received keys: {sorted(map(str, inputs))}")
     single = isinstance(inputs["encoder_text"], (str, np.str_))
@@ -246,7 +254,9 @@ def _dictionary_batch(inputs: Mapping[str, Any]) -> tuple[list[tuple[list[Any], 
     prompts = [""] * len(sources) if given is None else ([str(given)] if isinstance(given, str) else _as_list(given))
     if prompts is None or len(prompts) != len(sources):
         raise InputError(f"decoder_text must be as many as encoder_text ({len(sources)}). Received: {given!r:.200}")
-    return [(sources, prompts)] if sources else [], single
+    named = {name: inputs[name] for name in LANGUAGE_KEYS if inputs.get(name) is not None}
+    languages = {name: as_list(lang)[0] if is_column(lang) else lang for name, lang in named.items()}
+    return [_TextBatch(sources, prompts, languages)] if sources else [], single
 
 
 def _as_list(texts: Any) -> list[Any] | None:

@@ -29,7 +29,7 @@ from s2s_ray.pipelines.inputs import InputFile, find_files
 from s2s_ray.pipelines.lease import Lease
 from s2s_ray.pipelines.ledger import Ledger, check_claim
 from s2s_ray.pipelines.plan import Unit
-from s2s_ray.pipelines.tokens import TokenJob, cut_inputs, read_pairs, tokenise
+from s2s_ray.pipelines.tokens import TokenJob, cut_inputs, read_pairs, routes_of, tokenise
 from s2s_ray.storage import Location, canonical_json, strict_json
 
 REPORT_FILE = "report.json"
@@ -130,7 +130,7 @@ def _train(prepared: Prepared) -> dict[str, Any]:
             units = prepared.validation_units
             data["validation"] = tokenise("validation", units, [len(units)], job)
             if settings.metrics:
-                sample = validation_sample(units, settings)
+                sample = validation_sample(units, job)
         config = {
             "settings": dataclasses.asdict(settings),
             "preset_digest": prepared.preset_digest,
@@ -177,17 +177,20 @@ def _write_adapter(prepared: Prepared, checkpoint: Path) -> None:
             (prepared.output / "adapter" / path.name).upload(path)
 
 
-def validation_sample(units: Sequence[Unit], settings: FinetuneSettings) -> list[list[str] | None]:
+def validation_sample(units: Sequence[Unit], job: TokenJob) -> list[list[str] | None]:
     """[sources, references, source languages, target languages]: up to `evaluate_rows` usable pairs, from units spread
     evenly over the validation data; None where languages have no column.
     """
+    settings = job.settings
     chosen = units[:: max(1, len(units) // 8)]
     rows: list[tuple[Any, ...]] = []
     for number, unit in enumerate(chosen, start=1):
         for pairs in read_pairs(unit, settings):
             none = [None] * len(pairs.sources)
             columns = pairs.sources, pairs.targets, pairs.source_lang or none, pairs.target_lang or none
-            usable = [row for row in zip(*columns, strict=True) if _is_text(row[0]) and _is_text(row[1])]
+            known = [not route.error for route in routes_of(pairs, job.preprocessor())]
+            together = zip(known, zip(*columns, strict=True), strict=True)
+            usable = [row for is_known, row in together if is_known and _is_text(row[0]) and _is_text(row[1])]
             rows += usable[: settings.evaluate_rows * number // len(chosen) - len(rows)]
     sources, references = ([row[i].decode() for row in rows] for i in (0, 1))
     named = (settings.source_lang_column, settings.target_lang_column)

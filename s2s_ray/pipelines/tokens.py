@@ -25,6 +25,7 @@ from s2s_ray.pipelines.inputs import Footer, InputFile, is_text, read_footers
 from s2s_ray.pipelines.plan import Unit
 from s2s_ray.pipelines.rows import read_piece, text_bytes
 from s2s_ray.storage import Location, canonical_json, strict_json
+from s2s_ray.text.languages import Route
 from s2s_ray.text.preprocessor import Seq2SeqLMPreprocessor
 
 # What training/shards.py reads.
@@ -39,6 +40,10 @@ class TokenJob:
     settings: FinetuneSettings
     preset_digest: str
     directory: Location
+
+    def preprocessor(self) -> Seq2SeqLMPreprocessor:
+        """Of the job's preset, from this node's cache; loaded once per process."""
+        return _preprocessor(self.settings, self.preset_digest)
 
 
 def cut_inputs(
@@ -97,12 +102,12 @@ def tokenise_unit(row: dict[str, Any], name: str, job: TokenJob) -> dict[str, An
     """A unit's descriptor to its file of ids; a rerun writes the same bytes. Runs as a CPU task."""
     unit = Unit.decode(row["descriptor"])
     settings = job.settings
-    preprocessor = _preprocessor(settings, job.preset_digest)
+    preprocessor = job.preprocessor()
     columns: tuple[list[list[int]], list[list[int]], list[int]] = ([], [], [])
     skipped: Counter[str] = Counter()
     truncated = [0, 0]
     for pairs in read_pairs(unit, settings):
-        routes = preprocessor.try_routes(len(pairs.sources), pairs.source_lang, pairs.target_lang)
+        routes = routes_of(pairs, preprocessor)
         encoded = preprocessor.try_encode_sources(pairs.sources, settings.max_source_length, routes)
         checked = preprocessor.try_encode_sources(pairs.targets, settings.max_target_length, routes)
         reasons = [_reason(*row) for row in zip(encoded, checked, pairs.sources, pairs.targets, strict=True)]
@@ -120,6 +125,17 @@ def tokenise_unit(row: dict[str, Any], name: str, job: TokenJob) -> dict[str, An
     tokens = [sum(map(len, side)) for side in columns[:2]]
     result = {"pairs": len(columns[0]), "skipped": dict(skipped), "truncated": truncated, "tokens": tokens}
     return {"unit": unit.id, "result": canonical_json(result)}
+
+
+def routes_of(pairs: "Pairs", preprocessor: Seq2SeqLMPreprocessor) -> list[Route]:
+    """Of each pair's languages; with an error where its language is unknown, or null and there is no default."""
+    routes = preprocessor.try_routes(len(pairs.sources), pairs.source_lang, pairs.target_lang)
+    sides = (pairs.source_lang, preprocessor.source_lang), (pairs.target_lang, preprocessor.target_lang)
+    for column, default in sides:
+        for row, language in enumerate(column or ()):
+            if not language and default is None:
+                routes[row] = Route(error="the language is null or empty")
+    return routes
 
 
 @lru_cache(maxsize=2)

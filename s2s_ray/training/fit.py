@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -65,14 +65,17 @@ def fit(
     seed: int = 0,
     text_column: str = "encoder_text",
     summary_column: str = "decoder_text",
+    source_lang_column: str | None = None,
+    target_lang_column: str | None = None,
     max_source_length: int | None = None,
     max_target_length: int | None = None,
 ) -> History:
     """Train the task's backbone in place, by Keras' names and meaning of the first sixteen arguments.
 
-    x: a dict of `encoder_text` and `decoder_text`; a pyarrow Table or Parquet path(s) with `text_column` and
-    `summary_column`; a dict of preprocessed arrays with y `[N, T]` and sample_weight; or an iterable (a DataLoader)
-    of any of these as batches. An iterable is iterated anew each epoch. Text in memory and in files is tokenised
+    x: a dict of `encoder_text` and `decoder_text`, maybe of `source_lang` and `target_lang` (one for all, or one per
+    pair); a pyarrow Table or Parquet path(s) with `text_column`, `summary_column`, and maybe columns of languages; a
+    dict of preprocessed arrays with y `[N, T]` and sample_weight; or an iterable (a DataLoader) of any of these as
+    batches. An iterable is iterated anew each epoch. Text in memory and in files is tokenised
     once and held as ids, 4 bytes a token.
 
     `batch_tokens` bounds the padded tokens of a batch (source and target) in place of `batch_size` (32).
@@ -85,6 +88,8 @@ def fit(
     settings = DataSettings(
         text_column=text_column,
         summary_column=summary_column,
+        source_lang_column=source_lang_column,
+        target_lang_column=target_lang_column,
         batch_size=32 if batch_size is None else batch_size,
         batch_tokens=batch_tokens,
         shuffle=shuffle,
@@ -135,11 +140,15 @@ def evaluate(
     precision: Precision | Literal["auto"] = "auto",
     text_column: str = "encoder_text",
     summary_column: str = "decoder_text",
+    source_lang_column: str | None = None,
+    target_lang_column: str | None = None,
 ) -> dict[str, float]:
     """Loss and weighted metrics over the data, without training; the same forms of data as `fit`."""
     settings = DataSettings(
         text_column=text_column,
         summary_column=summary_column,
+        source_lang_column=source_lang_column,
+        target_lang_column=target_lang_column,
         batch_size=batch_size or EVALUATION_BATCH_SIZE,
         batch_tokens=batch_tokens,
         shuffle=False,
@@ -294,15 +303,11 @@ def _open_validation(task: Any, given: Any, settings: DataSettings, batch_size: 
     """As Keras: x alone, (x, y) or (x, y, sample_weight)."""
     is_tuple = isinstance(given, tuple) and 2 <= len(given) <= 3
     x, y, weight = (*given, None)[:3] if is_tuple else (given, None, None)
-    plain = DataSettings(
-        text_column=settings.text_column,
-        summary_column=settings.summary_column,
+    plain = replace(
+        settings,
         batch_size=batch_size or settings.batch_size,
         batch_tokens=None if batch_size else settings.batch_tokens,
         shuffle=False,
-        multiple=settings.multiple,
-        max_source_length=settings.max_source_length,
-        max_target_length=settings.max_target_length,
     )
     return open_data(x, y, weight, task.preprocessor, plain)
 

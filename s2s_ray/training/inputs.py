@@ -4,14 +4,15 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from s2s_ray.errors import InputError, SettingsError
+from s2s_ray.errors import InputError, LanguageError, SettingsError
 from s2s_ray.storage import Location
+from s2s_ray.text.inputs import LANGUAGE_KEYS, Lang, is_column
 from s2s_ray.text.preprocessor import Seq2SeqLMPreprocessor
 from s2s_ray.text.tokenizer import TokenizationError
 from s2s_ray.training.batches import Batch, BatchPlan, Examples, Ragged
@@ -23,7 +24,14 @@ FORMS = (
     "preprocessed arrays with y, or an iterable (DataLoader) of such dicts, tables or of (x, y, sample_weight)"
 )
 
-Texts = tuple[Sequence[Any], Sequence[Any]]
+
+class Texts(NamedTuple):
+    """Pairs of texts, and their languages: one for all, or one per pair."""
+
+    encoder_text: Sequence[Any]
+    decoder_text: Sequence[Any]
+    source_lang: Lang = None
+    target_lang: Lang = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +40,8 @@ class DataSettings:
 
     text_column: str = "encoder_text"
     summary_column: str = "decoder_text"
+    source_lang_column: str | None = None
+    target_lang_column: str | None = None
     batch_size: int = 32
     batch_tokens: int | None = None
     shuffle: bool = True
@@ -39,6 +49,11 @@ class DataSettings:
     multiple: int = 1
     max_source_length: int | None = None
     max_target_length: int | None = None
+
+    def columns(self) -> list[str]:
+        """What is read of a table: source, target, and the languages' columns where they are named."""
+        languages = (self.source_lang_column, self.target_lang_column)
+        return [self.text_column, self.summary_column, *(name for name in languages if name is not None)]
 
 
 class TrainingData(Protocol):
@@ -127,7 +142,9 @@ class Stream:
             if isinstance(item, Mapping) and isinstance(item.get("encoder_text"), (str, bytes)):
                 more = itertools.islice(iterator, self.settings.batch_size - 1)
                 rows = [item, *more]
+                named = [key for key in LANGUAGE_KEYS if any(key in row for row in rows)]
                 item = {key: [row[key] for row in rows] for key in TEXT_KEYS}
+                item |= {key: [row.get(key) for row in rows] for key in named}
             yield self._batch(item)
 
     def steps(self, epoch: int) -> int | None:
@@ -192,22 +209,31 @@ def _text_chunks(x: Any, settings: DataSettings) -> Iterable[Texts] | None:
 
 def _as_texts(x: Any, settings: DataSettings) -> Texts | None:
     if isinstance(x, (pa.Table, pa.RecordBatch)):
-        columns = settings.text_column, settings.summary_column
-        missing = [name for name in columns if name not in x.schema.names]
-        if missing:
-            raise InputError(
-                f"the table must have the columns {columns[0]!r} and {columns[1]!r} (text_column, summary_column). "
-                f"Received: {', '.join(x.schema.names)}"
-            )
-        return x.column(columns[0]).to_pylist(), x.column(columns[1]).to_pylist()
+        return _from_columns(x, settings)
     if not isinstance(x, Mapping):
         return None
-    if set(x) != set(TEXT_KEYS):
-        raise InputError(f"x must have the keys encoder_text and decoder_text. Received: {', '.join(map(str, x))}")
-    source, target = (_to_list(x[key]) for key in TEXT_KEYS)
-    if len(source) != len(target):
-        raise InputError(f"encoder_text and decoder_text must pair up. Received: {len(source)} and {len(target)}")
-    return source, target
+    if not set(TEXT_KEYS) <= set(x) <= {*TEXT_KEYS, *LANGUAGE_KEYS}:
+        raise InputError(
+            "x must have the keys encoder_text and decoder_text, and may have source_lang and target_lang. "
+            f"Received: {', '.join(map(str, x))}"
+        )
+    columns = {key: _to_list(x[key]) for key in x if key in TEXT_KEYS or is_column(x[key])}
+    if len({len(column) for column in columns.values()}) > 1:
+        counts = ", ".join(f"{len(column)} {key}" for key, column in columns.items())
+        raise InputError(f"encoder_text, decoder_text and languages must pair up. Received: {counts}")
+    return Texts(**{**x, **columns})
+
+
+def _from_columns(x: pa.Table | pa.RecordBatch, settings: DataSettings) -> Texts:
+    columns = settings.columns()
+    if not set(columns) <= set(x.schema.names):
+        raise InputError(
+            f"the table must have the columns {', '.join(columns)} (text_column, summary_column, source_lang_column, "
+            f"target_lang_column). Received: {', '.join(x.schema.names)}"
+        )
+    names = (*columns[:2], settings.source_lang_column, settings.target_lang_column)
+    values: list[Any] = [None if name is None else x.column(name).to_pylist() for name in names]
+    return Texts(*values)
 
 
 def _read_parquet(path: str | os.PathLike[str], settings: DataSettings) -> Iterator[Texts]:
@@ -221,32 +247,37 @@ def _read_parquet(path: str | os.PathLike[str], settings: DataSettings) -> Itera
                 parquet = pq.ParquetFile(handle)
             except pa.ArrowInvalid as error:
                 raise InputError(f"{file.url} must be a Parquet file: {error}") from error
-            columns = [settings.text_column, settings.summary_column]
-            for batch in parquet.iter_batches(CHUNK_ROWS, columns=columns):
-                texts = _as_texts(batch, settings)
-                assert texts is not None
-                yield texts
+            for batch in parquet.iter_batches(CHUNK_ROWS, columns=settings.columns()):
+                yield _from_columns(batch, settings)
 
 
 def _chunked(texts: Texts) -> Iterator[Texts]:
-    for start in range(0, len(texts[0]), CHUNK_ROWS):
-        yield texts[0][start : start + CHUNK_ROWS], texts[1][start : start + CHUNK_ROWS]
+    for start in range(0, len(texts.encoder_text), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        sides: tuple[Any, Any] = texts.source_lang, texts.target_lang
+        source_lang, target_lang = (lang[rows] if is_column(lang) else lang for lang in sides)
+        yield Texts(texts.encoder_text[rows], texts.decoder_text[rows], source_lang, target_lang)
 
 
 def _encode(chunks: Iterable[Texts], preprocessor: Seq2SeqLMPreprocessor, settings: DataSettings) -> Examples:
-    sources, labels, done = [], [], 0
-    for source_texts, target_texts in chunks:
+    sources, labels, starts, done = [], [], list[int](), 0
+    for texts in chunks:
+        routes = preprocessor.try_routes(len(texts.encoder_text), texts.source_lang, texts.target_lang)
+        unknown = next((row for row, route in enumerate(routes) if route.error), None)
+        if unknown is not None:
+            raise LanguageError(f"training row {done + unknown}: {routes[unknown].error}")
         try:
-            source_ids, _ = preprocessor.encode_sources(source_texts, settings.max_source_length)
-            label_ids = preprocessor.encode_targets(target_texts, settings.max_target_length)
+            source_ids, _ = preprocessor.encode_sources(texts.encoder_text, settings.max_source_length, routes)
+            label_ids = preprocessor.encode_targets(texts.decoder_text, settings.max_target_length, routes)
         except TokenizationError as error:
             raise InputError(f"training row {done + error.row}: {error}") from error
         sources.append(Ragged.from_rows(source_ids))
         labels.append(Ragged.from_rows(label_ids))
-        done += len(source_texts)
+        starts += preprocessor.decoder_starts(routes)
+        done += len(texts.encoder_text)
     ragged = Ragged.concatenate(sources), Ragged.concatenate(labels)
     pad = preprocessor.tokenizer.pad_token_id
-    return Examples(*ragged, preprocessor.decoder_start_token_id, pad, _fixed_widths(preprocessor, settings))
+    return Examples(*ragged, np.array(starts, np.int32), pad, _fixed_widths(preprocessor, settings))
 
 
 def _fixed_widths(preprocessor: Seq2SeqLMPreprocessor, settings: DataSettings) -> tuple[int, int] | None:

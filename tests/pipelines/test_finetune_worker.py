@@ -76,7 +76,7 @@ def config_of(settings: FinetuneSettings) -> dict[str, Any]:
         "preset_digest": digest,
         "tokens": job.directory.url,
         "data": data,
-        "sample": validation_sample(units["validation"], settings),
+        "sample": validation_sample(units["validation"], job),
     }
 
 

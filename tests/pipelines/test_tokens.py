@@ -25,6 +25,8 @@ ROWS = [
     ("  ", "blank", "en", "de"),
     ("of no such language", "what", "en", "xx"),
     ("many words " * 40, "long", "en", "en"),
+    ("to nobody", "null", "en", None),
+    ("from nowhere", "empty", "", "de"),
 ]
 
 
@@ -60,7 +62,7 @@ def test_pairs_are_tokenised_by_language_and_bad_ones_counted(settings: Finetune
     job = TokenJob(settings, presets.resolve(preset).digest, Location.parse(f"{settings.output}/tokens"))
     result = json.loads(tokenise_unit({"descriptor": units[0].encode()}, "train", job)["result"])
     assert result["pairs"] == 3 and result["truncated"] == [1, 0]
-    assert sum(result["skipped"].values()) == 3 and result["skipped"]["NULL_TEXT"] == result["skipped"]["EMPTY"] == 1
+    assert result["skipped"] == {"NULL_TEXT": 1, "EMPTY": 1, "UNKNOWN_LANGUAGE": 3}
     path = Path(settings.output) / "tokens" / "train-u00000000.arrow"
     examples = open_shards([path], pad=1)
     preprocessor = Seq2SeqLM.from_preset(preset).preprocessor
@@ -79,8 +81,11 @@ def test_pairs_are_tokenised_by_language_and_bad_ones_counted(settings: Finetune
         assert batch.inputs[name].tolist() == x[name].tolist(), name
     assert len({row[0] for row in batch.inputs["decoder_token_ids"].tolist()}) == 2  # each language starts its own way
 
-    sample = validation_sample(units, settings)
-    assert sample[0][:2] == ["good morning", "to all of you"] and sample[3][:2] == ["de", "en"]
+    defaulted = dataclasses.replace(job, settings=dataclasses.replace(settings, source_lang="en", target_lang="de"))
+    assert json.loads(tokenise_unit({"descriptor": units[0].encode()}, "defaults", defaulted)["result"])["pairs"] == 5
+
+    sources, _, _, targets = validation_sample(units, job)
+    assert sources == ["good morning", "to all of you", ROWS[5][0]] and targets == ["de", "en", "en"]
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(InfrastructureError, match="Delete it, and run again"):
         open_shards([path], pad=1)
