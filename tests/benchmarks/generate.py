@@ -1,8 +1,13 @@
 """Generation beside its peers, in turn, on the same rows with the same weights; tokens are compared.
 
-    python -m tests.benchmarks.generate --shape marian --rows 256 --repeats 3
+    python -m tests.benchmarks.generate --workload translation --peers transformers,ctranslate2
+    python -m tests.benchmarks.generate --workload bart-base --num-beams 5 --rows 16 --peers keras-hub \\
+        --keras-python keras-venv/bin/python
+    python -m tests.benchmarks.generate --device cuda --dtype bfloat16 --workload summarisation --slots 2048 \\
+        --peers transformers,ctranslate2 --caches dynamic static --batch-sizes 128 512
 
-Prints a table and, last, one JSON line. The peers get sorted input and the best of the batch sizes given.
+Every peer is tried once with each of its settings; the best of each then runs in turn with us. Prints the sweep, a
+table, and last one JSON line. A peer that is not there is named and left out.
 """
 
 import argparse
@@ -10,154 +15,176 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from s2s_ray.generation.engine import Engine
-from s2s_ray.generation.requests import Request
-from s2s_ray.generation.settings import GenerationSettings
-from s2s_ray.models.bart import BartBackbone
 from s2s_ray.models.loading import DTYPES
-from tests.benchmarks.workload import SHAPES, make_model, make_rows
+from tests.benchmarks import floor
+from tests.benchmarks.peers import PEERS, Contestant, MissingPeerError, Outputs, Task, ours
+from tests.benchmarks.workload import SHAPES, WORKLOADS, Workload, make_model, make_rows
 
-Outputs = list[list[int]]
-Run = Callable[..., Outputs]  # over all rows, or the first so many
 WARM_UP_ROWS = 4
-
-
-def ours(model: Any, rows: Outputs, settings: GenerationSettings, args: argparse.Namespace) -> Run:
-    """The engine on the same weights."""
-    backbone = BartBackbone(model.config.to_dict()).eval()
-    names = {name: backbone.checkpoint_name(name) for name in backbone.state_dict()}
-    theirs = {name: tensor.float().cpu() for name, tensor in model.state_dict().items()}
-    backbone.load_state_dict({ours: theirs[name] for ours, name in names.items()})
-    backbone.to(device=args.device, dtype=DTYPES[args.dtype])
-    engine = Engine(backbone, max_slots=args.slots, max_batch_tokens=args.batch_tokens)
-
-    def run(count: int | None = None) -> Outputs:
-        answers = engine.generate(Request(i, row, settings) for i, row in enumerate(rows[:count]))
-        return [a.sequences[0].token_ids for a in sorted(answers, key=lambda answer: answer.request.row_id)]
-
-    return run
-
-
-def transformers(model: Any, rows: Outputs, settings: GenerationSettings, batch: int) -> Run:
-    """`transformers.generate` over batches of rows sorted by length."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-
-    def run(count: int | None = None) -> Outputs:
-        outputs: Outputs = [[] for _ in rows]
-        for start in range(0, count or len(rows), batch):
-            chosen = order[start : start + (count or batch)]
-            width = max(len(rows[i]) for i in chosen)
-            ids = torch.full((len(chosen), width), 1)
-            for place, i in enumerate(chosen):
-                ids[place, : len(rows[i])] = torch.tensor(rows[i])
-            lengths = torch.tensor([len(rows[i]) for i in chosen])
-            made = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=(torch.arange(width) < lengths[:, None]).long().to(model.device),
-                max_length=settings.max_length,
-                num_beams=settings.num_beams,
-                do_sample=False,
-            ).tolist()
-            for i, row in zip(chosen, made, strict=True):
-                ends = settings.eos_token_id and 2 in row[1:]
-                outputs[i] = row[1 : row.index(2, 1) + 1] if ends else row[1:]
-        return outputs
-
-    return run
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="marian")
-    parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--shortest", type=int, default=5, help="source tokens")
-    parser.add_argument("--longest", type=int, default=300, help="source tokens")
-    parser.add_argument("--mean-source", type=int, default=80, help="tokens")
-    parser.add_argument(
-        "--mean-output", type=int, default=45, help="tokens asked for; the line at the end says what came"
-    )
-    parser.add_argument("--max-output", type=int, default=142, help="tokens")
-    parser.add_argument("--uniform-sources", action="store_true", help="lengths uniform between the two")
-    parser.add_argument("--fixed-output", type=int, help="exactly so many new tokens, in place of ragged outputs")
-    parser.add_argument("--num-beams", type=int, default=1)
-    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[16, 32, 64], help="tried for transformers")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--slots", type=int)
-    parser.add_argument("--batch-tokens", type=int)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args(arguments)
+    args = _parse(arguments)
     torch.set_num_threads(args.threads)
     shape = SHAPES[args.shape]
-    model = make_model(shape).to(device=args.device, dtype=DTYPES[args.dtype])
-    lengths = {"shortest": args.shortest, "longest": args.longest, "mean_source": args.mean_source}
-    rows = make_rows(shape, args.rows, **lengths, mean_output=args.mean_output, uniform=args.uniform_sources)
-    settings = GenerationSettings(
-        max_length=1 + (args.fixed_output or args.max_output),
-        num_beams=args.num_beams,
-        eos_token_id=() if args.fixed_output else (2,),
-        decoder_start_token_id=0,
-        pad_token_id=1,
-    )
-    if args.fixed_output:
-        model.generation_config.eos_token_id = None
-    contestants = {"s2s_ray": ours(model, rows, settings, args)}
-    contestants |= {f"transformers, batch {b}": transformers(model, rows, settings, b) for b in args.batch_sizes}
-    times, outputs = _measure(contestants, args.repeats)
-    counts = [len(row) for row in rows]
-    sources = {"mean": statistics.mean(counts), "least": min(counts), "most": max(counts)}
-    _report(args, sources, times, outputs)
+    work = Workload(**{field.name: getattr(args, field.name) for field in fields(Workload)})
+    rows = make_rows(shape, work)
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(shape, ends=not args.fixed_output).save_pretrained(folder)
+        task = Task(Path(folder), rows, args)
+        chosen, sweep, missing = _sweep(task)
+        times, outputs = _measure(chosen, args.repeats)
+    _report(args, rows, times, outputs, {"sweep": sweep, "missing": missing})
 
 
-def _measure(contestants: dict[str, Run], repeats: int) -> tuple[dict[str, list[float]], dict[str, Outputs]]:
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for warm_up in contestants.values():
-        warm_up(WARM_UP_ROWS)
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=WORKLOADS, default="default", help="a shape and lengths by name")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="this, and the lengths, override the workload's")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--shortest", type=int, help="source tokens")
+    parser.add_argument("--longest", type=int, help="source tokens")
+    parser.add_argument("--mean-source", type=int, help="tokens")
+    parser.add_argument("--mean-output", type=int, help="tokens asked for; the line at the end says what came")
+    parser.add_argument("--max-output", type=int, help="tokens")
+    parser.add_argument("--uniform-sources", action="store_true", default=None, help="lengths uniform between the two")
+    parser.add_argument("--fixed-output", type=int, help="exactly so many new tokens; 0: ragged outputs")
+    parser.add_argument("--num-beams", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--quantization", choices=("int8",), help="ours, and CTranslate2's compute type")
+    parser.add_argument("--threads", type=int, default=2)
+    ours_ = parser.add_argument_group("our settings")
+    ours_.add_argument("--slots", type=int)
+    ours_.add_argument("--batch-tokens", type=int)
+    peers = parser.add_argument_group("peers and what is swept")
+    peers.add_argument("--peers", default="transformers", help=f"of {','.join(PEERS)}, with commas; empty for none")
+    peers.add_argument("--sweep-rows", type=int, help="rows of the sweep; all by default")
+    peers.add_argument("--batch-sizes", type=int, nargs="*", default=[16, 32, 64], help="of transformers")
+    peers.add_argument("--caches", nargs="*", choices=("dynamic", "static"), default=["dynamic"], help="transformers'")
+    peers.add_argument("--ct2-batches", nargs="*", default=["examples:32", "tokens:1024", "tokens:4096"])
+    peers.add_argument("--keras-batches", type=int, nargs="*", default=[16, 64])
+    peers.add_argument("--keras-python", help="the interpreter that has keras-hub; this one by default")
+    args = parser.parse_args(arguments)
+    for name, value in asdict(WORKLOADS[args.workload]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if not args.fixed_output and SHAPES[args.shape].family == "t5":
+        parser.error("a T5 needs --fixed-output: it has no way to end by itself here")
+    return args
+
+
+def _sweep(task: Task) -> tuple[list[Contestant], dict[str, float], dict[str, str]]:
+    """We and the best of each peer; seconds of all that was tried; the peers that are missing, and why."""
+    chosen, seconds, missing = ours(task), {}, {}
+    for name in filter(None, task.args.peers.split(",")):
+        try:
+            tried = PEERS[name](task)
+            for contestant in tried:
+                with contestant.enter() as run:
+                    run(task.args.sweep_rows if contestant.compiled else WARM_UP_ROWS)
+                    if len(tried) == 1:
+                        continue
+                    start = time.perf_counter()
+                    run(task.args.sweep_rows)
+                    seconds[contestant.label] = time.perf_counter() - start
+                    print(f"sweep, {contestant.label}: {seconds[contestant.label]:.1f} s", file=sys.stderr, flush=True)
+            chosen += sorted(tried, key=lambda c: seconds.get(c.label, 0.0))[:1]
+        except MissingPeerError as error:
+            missing[name] = str(error)
+            print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
+    return chosen, seconds, missing
+
+
+def _measure(contestants: list[Contestant], repeats: int) -> tuple[dict[str, list[float]], dict[str, Outputs]]:
+    times: dict[str, list[float]] = {c.label: [] for c in contestants}
     outputs: dict[str, Outputs] = {}
-    for turn in range(repeats):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            outputs[name] = run()
-            times[name].append(time.perf_counter() - start)
-            print(f"turn {turn + 1}, {name}: {times[name][-1]:.1f} s", file=sys.stderr, flush=True)
+    with ExitStack() as stack:
+        runs = {c.label: stack.enter_context(c.enter()) for c in contestants}
+        for c in contestants:
+            runs[c.label](None if c.compiled else WARM_UP_ROWS)
+        for turn in range(repeats):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                outputs[name] = run(None)
+                times[name].append(time.perf_counter() - start)
+                print(f"turn {turn + 1}, {name}: {times[name][-1]:.1f} s", file=sys.stderr, flush=True)
     return times, outputs
 
 
 def _report(
-    args: argparse.Namespace, sources: dict[str, float], times: dict[str, list[float]], outputs: dict[str, Outputs]
+    args: argparse.Namespace,
+    rows: Outputs,
+    times: dict[str, list[float]],
+    outputs: dict[str, Outputs],
+    more: dict[str, Any],
 ) -> None:
-    reference = outputs["s2s_ray"]
+    us = next(iter(times))
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    lengths = [len(row) for row in reference]
-    tokens = sum(lengths)
-    print(f"{'':26}{'seconds':>9}{'rows/s':>9}{'tokens/s':>10}{'ratio':>8}{'rows equal':>12}")
+    width = max(map(len, times)) + 2
+    print(f"{'':{width}}{'seconds':>9}{'rows/s':>9}{'tokens/s':>10}{'ratio':>8}{'rows equal':>12}")
     table = {}
     for name, seconds in medians.items():
-        equal = sum(a == b for a, b in zip(outputs[name], reference, strict=True))
-        ratio = seconds / medians["s2s_ray"]
+        equal = sum(a == b for a, b in zip(outputs[name], outputs[us], strict=True))
+        tokens = sum(map(len, outputs[name]))
+        ratio = seconds / medians[us]
         rates = f"{args.rows / seconds:9.2f}{tokens / seconds:10.1f}"
-        print(f"{name:26}{seconds:9.2f}{rates}{ratio:7.2f}x{equal:8}/{args.rows}")
-        table[name] = {"seconds": times[name], "median": seconds, "ratio": ratio, "rows_equal": equal}
-    best = min((n for n in medians if n != "s2s_ray"), key=lambda n: medians[n], default=None)
+        print(f"{name:{width}}{seconds:9.2f}{rates}{ratio:7.2f}x{equal:7}/{args.rows}")
+        table[name] = {"seconds": times[name], "median": seconds, "ratio": ratio, "rows_equal": equal, "tokens": tokens}
+    least = _floor(args, rows, outputs[us])
+    if least:
+        share = least["total"] / medians[us]
+        print(f"{'floor':{width}}{least['total']:9.2f}{args.rows / least['total']:9.2f}   we are at {share:.0%} of it")
     result = {
         "benchmark": "generate",
         **vars(args),
-        "source_tokens": sources,
-        "output_tokens": {"mean": statistics.mean(lengths), "least": min(lengths), "most": max(lengths)},
+        "source_tokens": _spread(rows),
+        "output_tokens": _spread(outputs[us]),
         "results": table,
-        "best_peer": best,
-        "speedup": medians[best] / medians["s2s_ray"] if best else None,
-        "torch": torch.__version__,
-        "machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
+        "floor": least,
+        "share_of_floor": least["total"] / medians[us] if least else None,
+        **more,
+        "versions": _versions(),
+        "machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or "cpu",
     }
     print(json.dumps(result))
+
+
+def _floor(args: argparse.Namespace, rows: Outputs, outputs: Outputs) -> dict[str, float] | None:
+    """Seconds that the machine's own ceilings allow; None for int8, whose products have another one."""
+    if args.quantization:
+        return None
+    peak = floor.measure(args.device, DTYPES[args.dtype])
+    slots = args.slots or (128 if args.device == "cpu" else 2048)
+    lengths = [len(row) for row in rows], [len(row) for row in outputs]
+    least = floor.seconds(SHAPES[args.shape], *lengths, args.num_beams, slots, BYTES[args.dtype], peak)
+    return least | {"peak_flops": peak.flops, "peak_bandwidth": peak.bandwidth}
+
+
+def _spread(rows: Outputs) -> dict[str, float]:
+    lengths = [len(row) for row in rows]
+    return {"mean": statistics.mean(lengths), "least": min(lengths), "most": max(lengths)}
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in ("torch", "transformers", "ctranslate2"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A random BART whose outputs end by themselves at ragged lengths that the source decides, alike in every
-implementation.
+"""What is generated in the benchmarks: a random BART whose outputs end by themselves at ragged lengths that the source
+decides, alike in every implementation; a random T5; and the workloads by name.
 
 One channel of the decoder carries the position, one of the encoder the row's wanted length, coded in the vocabulary
 group that the row's tokens come from. No layer writes to either but the last cross-attention, which subtracts the
 second from the first; the end token's output row reads the difference. Everything else is random, so speed is that of a
-real model.
+real model. T5 has no positions to count with, so a T5 here never ends: every output has the length asked for.
 """
 
 import math
@@ -18,6 +18,8 @@ GROUPS = 64
 _FIRST_TOKEN = 4
 _POSITION_GAIN = 3.0
 _END_GAIN = 30.0
+_END_BIAS = 4.0  # of the end token's score, by way of the last norm: not every peer has a bias of the logits
+_NEVER = -60.0
 _EMBEDDING_SPREAD = 0.07  # of a token's and a position's embedding together, which the first norm brings to 1
 _DAMPING = 1.2  # shared by the layers: of what each block adds, so that the two channels reach the last layer
 
@@ -26,6 +28,7 @@ _DAMPING = 1.2  # shared by the layers: of what each block adds, so that the two
 class Shape:
     """Sizes of the model; the vocabulary is cut into GROUPS groups."""
 
+    family: str = "bart"
     d_model: int
     layers: int
     decoder_layers: int
@@ -47,11 +50,101 @@ SHAPES = {
     "distilbart": Shape(
         d_model=1024, layers=12, decoder_layers=6, ffn_dim=4096, heads=16, vocab_size=50_264, max_length=1024
     ),
+    "t5-large": Shape(
+        family="t5",
+        d_model=1024,
+        layers=24,
+        decoder_layers=24,
+        ffn_dim=2816,
+        heads=16,
+        vocab_size=32_128,
+        max_length=1024,
+    ),
+    "tiny-t5": Shape(
+        family="t5", d_model=64, layers=2, decoder_layers=2, ffn_dim=128, heads=4, vocab_size=2_048, max_length=320
+    ),
 }
 
 
-def make_model(shape: Shape, seed: int = 0) -> Any:
-    """A transformers BartForConditionalGeneration with length-controlled random weights."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """A shape and the lengths of sources and outputs, in tokens.
+
+    Sources are log-normal (uniform between the ends with `uniform_sources`). Outputs too, about 15 longer than
+    `mean_output` and at most `max_output`; with `fixed_output` every output has exactly so many tokens.
+    """
+
+    shape: str = "marian"
+    rows: int = 256
+    shortest: int = 5
+    longest: int = 300
+    mean_source: int = 80
+    mean_output: int = 45
+    max_output: int = 142
+    uniform_sources: bool = False
+    fixed_output: int | None = None
+
+
+WORKLOADS = {
+    "default": Workload(),
+    "translation": Workload(shortest=3, longest=128, mean_source=30, mean_output=18, max_output=128),
+    "summarisation": Workload(
+        shape="bart-large", rows=2048, shortest=256, longest=1024, uniform_sources=True, fixed_output=64
+    ),
+    "summarisation-ragged": Workload(
+        shape="bart-large", rows=2048, shortest=256, longest=1024, uniform_sources=True, mean_output=45
+    ),
+    "distilbart": Workload(shape="distilbart", rows=64, shortest=64, longest=1024, mean_source=400),
+    "bart-base": Workload(shape="bart-base", rows=64, shortest=16, longest=512, mean_source=128),
+    "t5-large": Workload(
+        shape="t5-large", rows=1024, shortest=256, longest=1024, uniform_sources=True, fixed_output=64
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """Special token ids of a model. `bos` opens each source, where there is one."""
+
+    start: int
+    end: int
+    pad: int
+    bos: int | None
+
+
+def special(shape: Shape) -> Special:
+    """The special tokens of a shape's model. CTranslate2 wants a start token other than the end token."""
+    return Special(start=0, end=1, pad=0, bos=None) if shape.family == "t5" else Special(start=0, end=2, pad=1, bos=0)
+
+
+def make_model(shape: Shape, seed: int = 0, *, ends: bool = True) -> Any:
+    """The transformers model of a shape with random weights, length-controlled; ends=False: no output ever ends."""
+    torch.manual_seed(seed)
+    return _t5(shape) if shape.family == "t5" else _bart(shape, ends)
+
+
+def _t5(shape: Shape) -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=shape.vocab_size,
+        d_model=shape.d_model,
+        d_kv=shape.d_model // shape.heads,
+        d_ff=shape.ffn_dim,
+        num_layers=shape.layers,
+        num_decoder_layers=shape.decoder_layers,
+        num_heads=shape.heads,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    model = T5ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        model.shared.weight[1] = 0.0  # the end token's score is 0, far below the best of the others
+    return model
+
+
+def _bart(shape: Shape, ends: bool) -> Any:
     from transformers import BartConfig, BartForConditionalGeneration
 
     config = BartConfig(
@@ -68,14 +161,13 @@ def make_model(shape: Shape, seed: int = 0) -> Any:
         forced_eos_token_id=None,
         init_std=0.05,
     )
-    torch.manual_seed(seed)
     model = BartForConditionalGeneration(config).eval()
     with torch.no_grad():
-        _control(model, shape)
+        _control(model, shape, _END_BIAS if ends else _NEVER)
     return model
 
 
-def _control(model: Any, shape: Shape) -> None:
+def _control(model: Any, shape: Shape, end_bias: float) -> None:
     position, length = 0, 1  # the two channels
     encoder, decoder = model.model.encoder, model.model.decoder
     embedding = model.model.shared.weight
@@ -96,7 +188,7 @@ def _control(model: Any, shape: Shape) -> None:
     last.out_proj.weight[:, 0] = 0.0
     last.out_proj.weight[position, 0] = -1.0
     embedding[2, position] = _END_GAIN
-    model.final_logits_bias[0, 2] = 4.0
+    decoder.layers[-1].final_layer_norm.bias[position] = end_bias / _END_GAIN
 
 
 def _silence(layers: tuple[Any, ...], channel: int, damping: float) -> None:
@@ -117,32 +209,22 @@ def _length_codes(shape: Shape) -> Tensor:
     return codes
 
 
-def make_rows(
-    shape: Shape,
-    count: int,
-    *,
-    shortest: int,
-    longest: int,
-    mean_source: int,
-    mean_output: int,
-    uniform: bool = False,
-    seed: int = 1,
-) -> list[list[int]]:
-    """Sources and outputs with log-normal lengths, as texts have them: about `mean_source`, cut to `shortest` and
-    `longest` (or uniform between the two), and about `mean_output` tokens.
-    """
+def make_rows(shape: Shape, work: Workload, seed: int = 1) -> list[list[int]]:
+    """The sources of a workload, special tokens included."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = _log_normal(mean_source, 0.9, count, generator).clamp(shortest, longest)
-    if uniform:
-        drawn = torch.randint(shortest, longest + 1, (count,), generator=generator)
-    lengths = drawn.long().sub(2).tolist()
-    wanted = _log_normal(mean_output, 0.6, count, generator)
+    drawn = _log_normal(work.mean_source, 0.9, work.rows, generator).clamp(work.shortest, work.longest)
+    if work.uniform_sources:
+        drawn = torch.randint(work.shortest, work.longest + 1, (work.rows,), generator=generator)
+    ids = special(shape)
+    begin = [] if ids.bos is None else [ids.bos]
+    lengths = drawn.long().sub(1 + len(begin)).tolist()
+    wanted = _log_normal(work.mean_output, 0.6, work.rows, generator)
     groups = (wanted / 150 * GROUPS).clamp(1, GROUPS - 1).long().tolist()
     per_group = (shape.vocab_size - _FIRST_TOKEN) // GROUPS - 1
     rows = []
     for length, group in zip(lengths, groups, strict=True):
         members = torch.randint(1, per_group, (length,), generator=generator) * GROUPS + group
-        rows.append([0, *members.tolist(), 2])
+        rows.append([*begin, *members.tolist(), ids.end])
     return rows
 
 
