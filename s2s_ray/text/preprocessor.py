@@ -9,7 +9,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from s2s_ray.errors import InputError, LanguageError, PresetError, RowErrorReason, SettingsError
+from s2s_ray.errors import (
+    InputError,
+    LanguageError,
+    PresetError,
+    PresetIntegrityError,
+    RowErrorReason,
+    SettingsError,
+)
 from s2s_ray.storage import canonical_json
 from s2s_ray.text.inputs import Lang, is_column, language_pairs, languages, read_texts, to_array
 from s2s_ray.text.languages import NO_ROUTE, Languages, Route
@@ -424,11 +431,17 @@ def _positions(config: Mapping[str, Any], side: str) -> int:
 
 
 def _decoder_start(path: Path, config: Mapping[str, Any]) -> int:
-    for source in (config, read_json_object(path / "generation_config.json")):
-        value = source.get("decoder_start_token_id")
-        if isinstance(value, int):
-            return value
-    raise PresetError(f"{path / 'config.json'} must hold decoder_start_token_id, the token generation starts from")
+    rows = config.get("decoder_vocab_size", config.get("vocab_size"))
+    found = [c.get("decoder_start_token_id") for c in (config, read_json_object(path / "generation_config.json"))]
+    for value in filter(_is_int, found):
+        if _is_int(rows) and value >= rows:  # on a GPU it would kill each replica that uses it
+            raise PresetIntegrityError(
+                f"decoder_start_token_id must be below the model's vocabulary size {rows}. Received: {value}"
+            )
+    start = next(filter(_is_int, found), None)
+    if start is None:
+        raise PresetError(f"{path / 'config.json'} must hold decoder_start_token_id, the token generation starts from")
+    return int(start)
 
 
 def _positive(name: str, value: int) -> int:
