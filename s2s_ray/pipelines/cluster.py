@@ -22,6 +22,7 @@ CALLS_PER_REPLICA = 4  # units in one engine at a time: the tail of one is fille
 TASK_CPUS = 0.25  # reading and committing wait for storage half of the time
 NO_PROGRESS_SECONDS = 1800.0
 INIT_DEATHS = 3  # of replicas in a row, while they load the model
+RAY_STARTS = 3  # Ray gives its own processes 30 s to start, which may be too short on a busy machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +80,13 @@ def ray_session(address: str | None) -> Iterator[None]:
         options = {"include_dashboard": False}
         # Ray Data's actor pools make the core worker print an error about their arguments that concerns clusters only.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InfrastructureError(f"Ray could not be reached at {address}: {first_line(error)}") from error
+    for left in reversed(range(RAY_STARTS if address == "local" else 1)):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+            break
+        except Exception as error:  # Ray raises bare ones here
+            if not left:
+                raise InfrastructureError(f"Ray could not be reached at {address}: {first_line(error)}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler aborts the process
     if not had_token and token.exists():

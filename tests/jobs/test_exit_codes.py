@@ -2,12 +2,14 @@
 
 import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from job_helpers import ROOT, write_input
+from job_helpers import ROOT, job_environment, write_input
 
 from s2s_ray.pipelines import command
 from s2s_ray.presets.manifest import seal
@@ -113,3 +115,17 @@ def test_binary_text(tiny_bart_dir: Path, tmp_path: Path, capsys: pytest.Capture
     pq.write_table(pa.table({"text": pa.array([b"one", b"\xff"], pa.binary())}), tmp_path / "in.parquet")
     flags = ["--input", str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out"), "--preset", str(tiny_bart_dir)]
     assert outcome("generate", *flags, "--dry-run", capsys=capsys)[0] == 0
+
+
+def test_a_ray_that_cannot_start(tmp_path: Path) -> None:
+    """Ray raises errors of many types then, bare Exceptions among them; they are all 75."""
+    (tmp_path / "file").touch()
+    program = (
+        "from s2s_ray.errors import InfrastructureError\n"
+        "from s2s_ray.pipelines.cluster import ray_session\n"
+        "try:\n    with ray_session(None): pass\n"
+        "except InfrastructureError as error: print(error.exit_code, error)"
+    )
+    environment = job_environment(RAY_TMPDIR=str(tmp_path / "file"))  # no place for Ray's session directory
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.startswith("75 Ray could not be reached at local: "), done.stderr
