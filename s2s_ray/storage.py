@@ -304,13 +304,14 @@ def sha256_file(path: "str | os.PathLike[str] | Location") -> str:
 
 
 _failpoint_calls: dict[str, int] = {}
+_failpoint_memory: list[bytes] = []
 
 
 def failpoint(name: str) -> None:
     """Test hook: S2S_RAY_FAILPOINT="name:nth:action[,...]" acts at the nth call of `name` in this process.
 
     A name may be a pattern ("*": any). nth 0 acts at every call. Actions: exit and kill (the process ends at once, by
-    itself or by SIGKILL), eio and enospc (OSError), sleep=SECONDS.
+    itself or by SIGKILL), eio and enospc (OSError), sleep=SECONDS, memory=MIB (so much more is taken and kept).
     """
     setting = os.environ.get(FAILPOINT_VARIABLE)
     if not setting:
@@ -330,6 +331,9 @@ def _fail(name: str, action: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if action.startswith("sleep="):
         time.sleep(float(action.removeprefix("sleep=")))
+        return
+    if action.startswith("memory="):
+        _failpoint_memory.append(b"\1" * (int(action.removeprefix("memory=")) * 2**20))
         return
     code = {"eio": errno.EIO, "enospc": errno.ENOSPC}[action]
     raise OSError(code, f"{os.strerror(code)} (failpoint {name})")

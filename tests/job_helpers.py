@@ -40,10 +40,11 @@ def write_input(directory: Path, texts: Sequence[str | None], files: int = 1, gr
 class JobProcess:
     """A job script in a process of its own, with a Ray of its own."""
 
-    def __init__(self, script: str, *arguments: str, **environment: str) -> None:
+    def __init__(self, script: str, *arguments: str, prefix: Sequence[str] = (), **environment: str) -> None:
+        """prefix: a command that starts the job in surroundings of its own."""
         self.marker = uuid.uuid4().hex
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "jobs" / script), *arguments],
+            [*prefix, sys.executable, str(ROOT / "jobs" / script), *arguments],
             env=job_environment(**{MARKER: self.marker}, **environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
