@@ -3,9 +3,9 @@
     python -m tests.benchmarks.object_store --units 50 100 200 --commit-seconds 0 0.5
     python -m tests.benchmarks.object_store --units 1000 --kib-per-row 0 --rows-per-unit 1 10
 
-Every row carries `--kib-per-row` of noise, so units x rows x that passes through the store: it must bound the queue before
-the slow stage, whatever the number of units. One job per process, on a Ray of its own with an object store of `--store-mib`.
-Texts are blank (no model is needed for them), so what is measured is the pipeline. Prints a table and, last, one JSON line.
+Every row carries `--kib-per-row` of noise; units x rows x that passes through the store. What waits before the slow
+stage must be bounded, whatever the number of units. A job is a process with a Ray of its own, whose object store has
+`--store-mib`. Texts are blank, which needs no model: what is measured is the pipeline. Ends with one JSON line.
 """
 
 import argparse

@@ -46,7 +46,7 @@ class Container:
     def kernel_kills(self) -> int:
         """How many processes the kernel's out-of-memory killer has ended in here."""
         events = (self.path / ("memory.events" if self.limit == "memory.max" else "memory.oom_control")).read_text()
-        return dict((line.split()[0], int(line.split()[1])) for line in events.splitlines())["oom_kill"]
+        return {name: int(number) for name, number in map(str.split, events.splitlines())}["oom_kill"]
 
     def remove(self) -> None:
         wait_for(lambda: not (self.path / "cgroup.procs").read_text().strip(), what="the end of the job's processes")
