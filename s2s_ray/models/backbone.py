@@ -5,6 +5,7 @@ Dimensions: B rows, S source, T target, N rows x beams, D model, V vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -16,6 +17,7 @@ from s2s_ray.nn.attention import Attention
 from s2s_ray.nn.feedforward import FeedForward
 from s2s_ray.nn.layers import DecoderLayer, EncoderLayer
 from s2s_ray.nn.linear import Projection, pack_head
+from s2s_ray.nn.packing import PackedAttention, PackedRows, Packing
 from s2s_ray.nn.ragged import RaggedRows
 
 
@@ -140,18 +142,41 @@ class Backbone(nn.Module, ABC):
         x = self.finish_decoder(x)
         return self.logits(x) if self._packed_head is None else self._packed_head(x)
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Teacher-forced logits `[B, T, V]`.
+    def forward(
+        self,
+        batch: Mapping[str, Tensor],
+        packing: Packing | None = None,
+        head: Callable[[Tensor, Tensor, Tensor | None], Any] | None = None,
+    ) -> Any:
+        """Teacher-forced logits `[B, T, V]`; or what `head` makes of the last hidden states `[B, T, D]` and the output
+        projection (`output_head`): the loss, which then need not hold all logits at once.
 
         batch: `encoder_token_ids` int `[B, S]`, `encoder_padding_mask` bool `[B, S]`, `decoder_token_ids` int `[B, T]`.
+        With `packing` no layer sees padding: `decoder_token_ids` is `[T]`, of all rows together, and so is the result.
         """
         source, mask = batch["encoder_token_ids"].long(), batch["encoder_padding_mask"].bool()
         target = batch["decoder_token_ids"].long()
+        hidden = self._padded if packing is None else partial(self._unpadded, packing)
+        x = hidden(source, mask, target)
+        return self.logits(x) if head is None else head(x, *self.output_head())
+
+    def _padded(self, source: Tensor, mask: Tensor, target: Tensor) -> Tensor:
         memory = self.encode(source, mask)
         x = self.embed_target(target, torch.arange(target.shape[1], device=target.device).expand_as(target))
         for layer, self_mask in _self_masks(self.decoder_layers, target.shape[1], None):
             x = layer(x, memory, mask[:, None, None], self_mask)
-        return self.logits(self.finish_decoder(x))
+        return self.finish_decoder(x)
+
+    def _unpadded(self, packing: Packing, source: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+        x = packing.source.pack(self.embed_source(source, mask))
+        for layer, attention in _self_attentions(self.encoder_layers, packing.source, causal=False):
+            x = layer(x, attention)
+        memory = self.finish_encoder(x)
+        x = self.embed_target(target, packing.target.positions())
+        cross = PackedAttention(packing.target, packing.source)
+        for layer, attention in _self_attentions(self.decoder_layers, packing.target, causal=True):
+            x = layer(x, memory, cross, attention)
+        return self.finish_decoder(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states `[..., D]` to logits `[..., V]`."""
@@ -210,3 +235,15 @@ def _self_masks(layers: nn.ModuleList, length: int, mask: Tensor | None) -> Iter
             combined = attention.relative_bias(length)
             combined = combined if mask is None else combined.masked_fill(~mask, float("-inf"))
         yield layer, combined
+
+
+def _self_attentions(
+    layers: nn.ModuleList, rows: PackedRows, *, causal: bool
+) -> Iterator[tuple[nn.Module, PackedAttention]]:
+    """Each layer with the attention of rows without padding, with relative positions as `_self_masks`."""
+    attend = PackedAttention(rows, rows, causal)
+    for layer in layers:
+        attention = layer.self_attention
+        if isinstance(attention, Attention) and attention.relative_bias is not None:
+            attend = PackedAttention(rows, rows, causal, attention.relative_bias(rows.width))
+        yield layer, attend

@@ -4,10 +4,12 @@ Dimensions: B rows, S source, T target or query length, N rows x beams, H heads,
 (D in most families, not in T5).
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2s_ray.nn.linear import Projection, pack_linear
+from s2s_ray.nn.packing import PackedAttention
 from s2s_ray.nn.positions import RelativeBias
 from s2s_ray.nn.ragged import RaggedRows
 
@@ -47,14 +49,23 @@ class Attention(nn.Module):
         self._packed: dict[str, Projection] = {}
 
     def forward(
-        self, x: Tensor, memory: Tensor | None = None, *, mask: Tensor | RaggedRows | None = None, causal: bool = False
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        mask: Tensor | RaggedRows | PackedAttention | None = None,
+        causal: bool = False,
     ) -> Tensor:
         """x `[B, T, D]`, memory `[B, S, D]` (None: x itself), mask `[B or 1, 1 or H, 1 or T, S]`: bool,
-        True to attend, or what is added to the scores. Rows without padding: x `[T, D]`, packed, mask says where they
-        are.
+        True to attend, or what is added to the scores. Rows without padding: x `[T, D]`, memory `[S, D]`; mask says
+        where they are.
         """
         if isinstance(mask, RaggedRows):
             return self.output(mask.attend(self._packed["qkv"](x), heads=self.num_heads, scale=self.scale))
+        if isinstance(mask, PackedAttention):
+            query, key, value = self._project_jointly(x, memory)
+            dropout = self.dropout if self.training else 0.0
+            return self.output(mask(query, key, value, heads=self.num_heads, scale=self.scale, dropout=dropout))
         query, key, value = self._project_all(x, memory)
         heads = F.scaled_dot_product_attention(
             self._split(query),
@@ -73,6 +84,17 @@ class Attention(nn.Module):
             return query, key, value
         source = x if memory is None else memory
         return self.query(x), self.key(source), self.value(source)
+
+    def _project_jointly(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_project_all`, by one product for all layers that read the same input."""
+        layers = (self.query, self.key, self.value)
+        if self._packed or any(type(layer) is not nn.Linear for layer in layers):
+            return self._project_all(x, memory)
+        if memory is None:
+            query, key, value = _joint(x, *layers).chunk(3, dim=-1)
+            return query, key, value
+        key, value = _joint(memory, self.key, self.value).chunk(2, dim=-1)
+        return self.query(x), key, value
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # [B, T, I] -> [B, H, T, K]
@@ -110,3 +132,9 @@ class Attention(nn.Module):
     def unpack(self) -> None:
         """Forget the packed weights."""
         self._packed = {}
+
+
+def _joint(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """The outputs of all layers side by side."""
+    biases = tuple(layer.bias for layer in layers if layer.bias is not None)
+    return F.linear(x, torch.cat(tuple(layer.weight for layer in layers)), torch.cat(biases) if biases else None)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from s2s_ray.nn.attention import Attention
 from s2s_ray.nn.feedforward import FeedForward
 from s2s_ray.nn.norms import RMSNorm, add_norm
+from s2s_ray.nn.packing import PackedAttention
 from s2s_ray.nn.positions import RelativeBias
 from s2s_ray.nn.ragged import RaggedRows
 
@@ -101,7 +102,7 @@ class EncoderLayer(_Layer):
         self.feedforward = shape.feedforward()
         self.feedforward_norm = shape.norm()
 
-    def forward(self, x: Tensor, mask: Tensor | RaggedRows | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | RaggedRows | PackedAttention | None) -> Tensor:
         """x `[B, S, D]`, mask as in Attention or None; or x `[T, D]` and its rows."""
         x = self._residual(x, self.self_attention_norm, lambda h: self.self_attention(h, mask=mask))
         return self._residual(x, self.feedforward_norm, self.feedforward)
@@ -124,10 +125,17 @@ class DecoderLayer(_Layer):
         self.feedforward = shape.feedforward()
         self.feedforward_norm = shape.norm()
 
-    def forward(self, x: Tensor, memory: Tensor, memory_mask: Tensor | None, self_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        memory_mask: Tensor | PackedAttention | None,
+        self_mask: Tensor | PackedAttention | None = None,
+    ) -> Tensor:
         """Whole target sequences: x `[B, T, D]`, memory `[B, S, D]`, memory_mask bool `[B, 1, 1, S]` or None.
 
-        self_mask `[1, H, T, T]`: a causal bias, as RelativeBias makes it; None attends causally without one.
+        self_mask `[1, H, T, T]`: a causal bias, as RelativeBias makes it; None attends causally without one. Without
+        padding: x `[T, D]`, memory `[S, D]`, and where the rows are in both.
         """
         x = self._residual(
             x, self.self_attention_norm, lambda h: self.self_attention(h, mask=self_mask, causal=self_mask is None)

@@ -25,10 +25,10 @@ class RMSNorm(nn.Module):
 
 def add_norm(x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
     """`norm(x + y)`, x and y `[..., D]`; one kernel on CUDA where no gradient is asked for."""
-    kernel = kernels.load("norms", x.device)
-    if kernel is None or torch.is_grad_enabled() or not isinstance(norm, nn.LayerNorm):
+    if torch.is_grad_enabled() or not isinstance(norm, nn.LayerNorm) or not x.dtype == y.dtype == norm.weight.dtype:
         return norm(x + y)
-    if not x.dtype == y.dtype == norm.weight.dtype:
+    kernel = kernels.load("norms", x.device)
+    if kernel is None:
         return norm(x + y)
     with torch.cuda.device(x.device):
         return kernel.add_norm(x.contiguous(), y.contiguous(), norm)

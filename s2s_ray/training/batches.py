@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from s2s_ray.errors import InputError, SettingsError
+from s2s_ray.nn.packing import PackedRows, Packing
 
 
 @dataclass(slots=True)
@@ -22,7 +23,8 @@ class Batch:
     `inputs` are the preprocessor's: `encoder_token_ids` int64 `[B, S]`, `encoder_padding_mask` bool `[B, S]`, and
     the same for the decoder, `[B, T]`. labels int64 `[B, T]`, weights fp32 `[B, T]` (0 for padding). `real_tokens` and
     `padded_tokens` count source and target together; `target_weight` is the sum of the weights, known without the
-    device. `seed` is what dropout draws from; None leaves torch's generator as it is.
+    device. `seed` is what dropout draws from; None leaves torch's generator as it is. `packing` says where the rows
+    are in a batch that `packed` made.
     """
 
     inputs: dict[str, Tensor]
@@ -32,6 +34,7 @@ class Batch:
     padded_tokens: int
     target_weight: float
     seed: int | None = None
+    packing: Packing | None = None
 
     @classmethod
     def empty(cls, pad: int) -> "Batch":
@@ -77,7 +80,31 @@ class Batch:
         return cls(inputs, labels, weights, real, padded, float(weights.sum(dtype=torch.float64)))
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.inputs["encoder_token_ids"])
+
+    @property
+    def padded_targets(self) -> int:
+        """B x T."""
+        return self.labels.numel() if self.packing is None else len(self) * self.packing.target.width
+
+    def packed(self) -> "Batch":
+        """The same rows without padding: `decoder_token_ids`, labels and weights of all rows one after another, `[T]`.
+
+        Only the source ids keep their padding, for the embedding alone. Targets end where their last weight is: what
+        follows has no part in the loss. The batch itself where a source has padding between tokens, or no token.
+        """
+        source = self.inputs["encoder_padding_mask"]
+        if self.packing is not None or not bool(source[:, 0].all() and (source[:, 1:] <= source[:, :-1]).all()):
+            return self
+        target = (self.weights != 0).flip(1).cumsum(1).flip(1) > 0
+        target[:, 0] = True
+        packing = Packing(PackedRows.of(source), PackedRows.of(target))
+        target_ids, labels, weights = (
+            packing.target.pack(x) for x in (self.inputs["decoder_token_ids"], self.labels, self.weights)
+        )
+        inputs = {name: self.inputs[name] for name in ("encoder_token_ids", "encoder_padding_mask")}
+        inputs["decoder_token_ids"] = target_ids
+        return replace(self, inputs=inputs, labels=labels, weights=weights, packing=packing)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "Batch":
         """A copy on `device`."""
@@ -89,7 +116,8 @@ class Batch:
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         inputs = {name: move(tensor) for name, tensor in self.inputs.items()}
-        return replace(self, inputs=inputs, labels=move(self.labels), weights=move(self.weights))
+        packing = None if self.packing is None else self.packing.map(move)
+        return replace(self, inputs=inputs, labels=move(self.labels), weights=move(self.weights), packing=packing)
 
 
 class Ragged:

@@ -93,6 +93,12 @@ def recompute_activations(backbone: Backbone) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
+def compile_layers(backbone: Backbone) -> None:
+    """Compile each layer, one program for all encoder layers and one for all decoder layers, whatever the shapes."""
+    for layer in (*backbone.encoder_layers, *backbone.decoder_layers):
+        layer.compile(dynamic=True)
+
+
 def freeze_unreached(backbone: Backbone, pad: int) -> list[str]:
     """Freeze and name the parameters that no loss depends on (an untied model's spare table): workers would wait for
     their gradients.

@@ -60,7 +60,7 @@ def _loss(task: Seq2SeqLM, examples: Examples, world: World, batch_tokens: int) 
     with torch.no_grad():
         for share in deal(plan.batches(), world.rank, world.size):
             if share is not None:
-                forward(examples.collate(share[1]).to(world.device), totals)
+                forward(examples.collate(share[1]).packed().to(world.device), totals)
     loss, tokens = world.sum([float(totals.sums.get("loss", 0.0)), totals.target_weight])
     return loss / tokens
 

@@ -1,4 +1,4 @@
-"""Batches on the device, made while the step before runs."""
+"""Batches without padding on the device, made while the step before runs."""
 
 import contextlib
 import queue
@@ -16,7 +16,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch
     """The batches on `device`; for CUDA they are made, pinned and copied by a thread while the step before runs."""
     if device.type != "cuda":
         for batch in batches:
-            yield batch.to(device)
+            yield batch.packed().to(device)
         return
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCHED_BATCHES)
     stop = threading.Event()
@@ -31,7 +31,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch
     def produce() -> None:
         try:
             for batch in batches:
-                if not put(batch.pin()):
+                if not put(batch.packed().pin()):
                     return
             put(None)
         except BaseException as error:  # handed to the consumer, which raises it

@@ -1,18 +1,20 @@
 """The training loss: cross-entropy over real target tokens, summed in fp32 and divided once, by the caller.
 
-Dimensions: B rows, T target length, V vocabulary.
+Dimensions: D model, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from s2s_ray.errors import SettingsError
 
 IGNORED_LABEL = -100  # transformers' and torch's mark for "no target here"
+_CHUNK_LOGITS = {True: 2**28, False: 2**24}  # made at a time, on CUDA and elsewhere: 1 GiB, and 64 MiB for the cache
 
 Reduction = Literal["tokens", "keras"]
 
@@ -54,38 +56,89 @@ def check_loss(loss: object) -> CrossEntropy:
     raise SettingsError(f"loss must be one of {', '.join(LOSSES)}, or CrossEntropy(...). Received: {loss!r}")
 
 
-def real_token_weights(labels: Tensor, weights: Tensor) -> Tensor:
-    """`weights` in fp32 with zeros where a label is IGNORED_LABEL; both `[B, T]`."""
-    return weights.float() * (labels != IGNORED_LABEL)
+class Sums(NamedTuple):
+    """Over a batch's real target tokens, times their weights; fp32 scalars, the loss alone with a graph."""
 
-
-def loss_weight(weights: Tensor, reduction: Reduction) -> Tensor:
-    """What a batch's summed loss is divided by (a scalar): the sum of `weights` `[B, T]`, or their number for
-    "keras".
-    """
-    if reduction == "keras":
-        return torch.tensor(float(weights.numel()), device=weights.device)
-    return weights.float().sum()
+    loss: Tensor
+    negative_log_likelihood: Tensor
+    hits: Tensor
 
 
 def cross_entropy(
-    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
     labels: Tensor,
     weights: Tensor,
-    *,
     label_smoothing: float = 0.0,
-    reduction: Reduction = "tokens",
-) -> tuple[Tensor, Tensor]:
-    """(summed loss, what to divide it by), both fp32 scalars, so that batches add up before the division.
+    count_hits: bool = False,
+) -> Sums:
+    """Sums of the cross-entropy of the logits `hidden @ weight.T + bias`, so that batches add up before any division.
 
-    logits `[B, T, V]` of any float type, labels int64 `[B, T]`, weights `[B, T]`: 0 for padding, else usually 1.
+    hidden `[..., D]`, weight `[V, D]`, bias `[V]` without a gradient, labels int64 and weights `[...]`: 0 for padding,
+    else usually 1. Logits are made for a few thousand tokens at a time, in autocast's dtype, and their gradient at
+    once, since the whole `[..., V]` in fp32 would be the largest tensor of training. `hits` counts labels that are the
+    arg-max, where asked to.
     """
-    weights = real_token_weights(labels, weights)
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1),
-        labels.flatten(),
-        reduction="none",
-        ignore_index=IGNORED_LABEL,
-        label_smoothing=label_smoothing,
-    )
-    return (losses * weights.flatten()).sum(), loss_weight(weights, reduction)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    weights = weights.float() * (labels != IGNORED_LABEL)
+    rows = hidden.flatten(0, -2), labels.clamp(min=0).flatten(), weights.flatten()
+    with torch.autocast(device, enabled=False):
+        loss, rest = _CrossEntropy.apply(
+            *rows, weight, bias, label_smoothing, count_hits, dtype, torch.is_grad_enabled()
+        )
+    return Sums(loss, rest[0], rest[1])
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Computes its gradients in the forward pass: the logits are there only once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        smoothing: float,
+        count_hits: bool,
+        dtype: torch.dtype,
+        with_gradients: bool,
+    ) -> tuple[Tensor, Tensor]:
+        vocabulary = len(weight)
+        of_hidden, of_weight = (ctx.needs_input_grad[i] and with_gradients for i in (0, 3))
+        grad_hidden = torch.empty_like(hidden) if of_hidden else None
+        grad_weight = torch.zeros_like(weight) if of_weight else None
+        matrix, added = weight.to(dtype), None if bias is None else bias.to(dtype)
+        loss, rest = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros(2, dtype=torch.float32)
+        size = max(1, _CHUNK_LOGITS[hidden.is_cuda] // vocabulary)
+        for part in (slice(start, start + size) for start in range(0, len(hidden), size)):
+            states, label, w = hidden[part].to(dtype), labels[part, None], weights[part, None]
+            logits = F.linear(states, matrix, added).float()
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            nll = normaliser - logits.gather(1, label)
+            spread = normaliser - logits.mean(-1, keepdim=True) if smoothing else nll
+            loss += (w * nll.lerp(spread, smoothing)).sum()
+            rest[0] += (w * nll).sum()
+            if count_hits:
+                rest[1] += (w * (logits.argmax(-1, keepdim=True) == label)).sum()
+            if not (of_hidden or of_weight):
+                continue
+            slope = logits.sub_(normaliser).exp_().sub_(smoothing / vocabulary)  # in place: it is large
+            slope = slope.scatter_add_(1, label, torch.full_like(nll, smoothing - 1)).mul_(w).to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = slope @ matrix
+            if grad_weight is not None:
+                grad_weight += slope.T @ states
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(rest)
+        return loss, rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight = (None if saved is None else saved * grad for saved in ctx.saved_tensors)
+        return hidden, None, None, weight, None, None, None, None, None

@@ -7,11 +7,11 @@ loss.
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from s2s_ray.errors import S2SRayError, SettingsError
 from s2s_ray.training.batches import Batch
 from s2s_ray.training.compiled import ACCURACY, PERPLEXITY
-from s2s_ray.training.loss import IGNORED_LABEL, CrossEntropy, cross_entropy, real_token_weights
+from s2s_ray.training.loss import CrossEntropy, cross_entropy
 
 Precision = Literal["fp32", "bf16"]
 
@@ -69,7 +69,7 @@ class Totals:
 class Forward:
     """A forward pass that also sums loss and metrics; evaluation is this alone."""
 
-    model: Callable[[dict[str, Tensor]], Tensor]
+    model: Callable[..., Any]
     loss: CrossEntropy
     metrics: tuple[str, ...] = ()
     precision: Precision = "fp32"
@@ -79,34 +79,26 @@ class Forward:
         device = batch.labels.device.type
         autocast: Any = torch.autocast(device, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
         kernels: Any = sdpa_kernel(_ATTENTION_KERNELS) if device == "cuda" else contextlib.nullcontext()
-        with kernels, autocast:
-            logits = self.model(batch.inputs)
-        loss_sum, _ = cross_entropy(
-            logits,
-            batch.labels,
-            batch.weights,
+        head = partial(
+            cross_entropy,
+            labels=batch.labels,
+            weights=batch.weights,
             label_smoothing=self.loss.label_smoothing,
-            reduction=self.loss.reduction,
+            count_hits=ACCURACY in self.metrics,
         )
-        totals.add("loss", loss_sum)
+        with kernels, autocast:  # the head inside the model, where its weights are whole in all of training
+            sums = self.model(batch.inputs, packing=batch.packing, head=head)
+        totals.add("loss", sums.loss)
         totals.count(batch, self.divisor(batch))
-        with torch.no_grad():
-            self._measure(logits.detach(), batch, totals)
-        return loss_sum
+        for name, value in ((ACCURACY, sums.hits), (PERPLEXITY, sums.negative_log_likelihood)):
+            if name in self.metrics:
+                totals.add(name, value)
+        loss: Tensor = sums.loss
+        return loss
 
     def divisor(self, batch: Batch) -> float:
         """What the batch's loss sum is divided by, known on the host."""
-        return float(batch.labels.numel()) if self.loss.reduction == "keras" else batch.target_weight
-
-    def _measure(self, logits: Tensor, batch: Batch, totals: Totals) -> None:
-        weights = real_token_weights(batch.labels, batch.weights)
-        if ACCURACY in self.metrics:
-            totals.add(ACCURACY, ((logits.argmax(-1) == batch.labels) * weights).sum())
-        if PERPLEXITY in self.metrics:
-            nll = F.cross_entropy(
-                logits.float().flatten(0, 1), batch.labels.flatten(), reduction="none", ignore_index=IGNORED_LABEL
-            )
-            totals.add(PERPLEXITY, (nll * weights.flatten()).sum())
+        return float(batch.padded_targets) if self.loss.reduction == "keras" else batch.target_weight
 
 
 class TrainStep:

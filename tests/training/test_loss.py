@@ -6,8 +6,15 @@ from transformers import BartConfig, BartForConditionalGeneration
 from transformers.trainer_pt_utils import LabelSmoother
 
 from s2s_ray.errors import SettingsError
+from s2s_ray.training import loss as loss_module
 from s2s_ray.training.compiled import ACCURACY, PERPLEXITY, check_compiled
-from s2s_ray.training.loss import CrossEntropy, check_loss, cross_entropy
+from s2s_ray.training.loss import CrossEntropy, Sums, check_loss, cross_entropy
+
+
+def sums_of(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, **options) -> Sums:
+    """With an identity as the output projection, hidden states are logits."""
+    identity = torch.eye(logits.shape[-1], dtype=logits.dtype)
+    return cross_entropy(logits, identity, None, labels=labels, weights=weights, **options)
 
 
 @pytest.fixture
@@ -27,41 +34,51 @@ def test_equals_transformers_loss(batch):
     model = BartForConditionalGeneration(BartConfig(vocab_size=11, d_model=8, **sides)).eval()
     masked = labels.masked_fill(weights == 0, -100)
     output = model(input_ids=torch.ones(3, 4, dtype=torch.long), labels=masked)
-    total, count = cross_entropy(output.logits, labels, weights)
-    assert count == weights.sum()
-    torch.testing.assert_close(total / count, output.loss)
+    torch.testing.assert_close(sums_of(output.logits, labels, weights).loss / weights.sum(), output.loss)
 
 
 def test_label_smoothing_equals_transformers_trainer(batch):
     logits, labels, weights = batch
     expected = LabelSmoother(epsilon=0.1)({"logits": logits}, labels.masked_fill(weights == 0, -100))
-    total, count = cross_entropy(logits, labels, weights, label_smoothing=0.1)
-    torch.testing.assert_close(total / count, expected)
-
-
-def test_keras_reduction_divides_by_the_padded_size(batch):
-    logits, labels, weights = batch
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-    total, size = cross_entropy(logits, labels, weights, reduction="keras")
-    assert size == 21
-    torch.testing.assert_close(total / size, (losses * weights).mean())
+    sums = sums_of(logits, labels, weights, label_smoothing=0.1)
+    torch.testing.assert_close(sums.loss / weights.sum(), expected)
+    torch.testing.assert_close(sums.negative_log_likelihood, sums_of(logits, labels, weights).loss)
 
 
 def test_ignored_labels_and_row_weights_count_as_given(batch):
     logits, labels, weights = batch
-    expected, _ = cross_entropy(logits, labels, weights)
-    total, _ = cross_entropy(logits, labels.masked_fill(weights == 0, -100), torch.ones_like(weights))
-    torch.testing.assert_close(total, expected)
-    doubled, count = cross_entropy(logits, labels, weights * 2)
-    torch.testing.assert_close(doubled, expected * 2)
-    assert count == 26
+    expected = sums_of(logits, labels, weights)
+    total = sums_of(logits, labels.masked_fill(weights == 0, -100), torch.ones_like(weights)).loss
+    torch.testing.assert_close(total, expected.loss)
+    torch.testing.assert_close(sums_of(logits, labels, weights * 2).loss, expected.loss * 2)
 
 
 def test_half_precision_logits_are_summed_in_fp32(batch):
     logits, labels, weights = batch
-    total, _ = cross_entropy(logits.bfloat16(), labels, weights)
+    total = sums_of(logits.bfloat16(), labels, weights).loss
     assert total.dtype == torch.float32
-    torch.testing.assert_close(total, cross_entropy(logits.bfloat16().float(), labels, weights)[0])
+    torch.testing.assert_close(total, sums_of(logits.bfloat16().float(), labels, weights).loss)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_and_hits_equal_torch_in_chunks(monkeypatch, frozen):
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (21, 11))
+    bias = torch.randn(11, generator=generator, dtype=torch.float64)
+    labels, weights = torch.randint(0, 11, (21,), generator=generator), torch.rand(21, generator=generator)
+    hidden.requires_grad_(), weight.requires_grad_(not frozen)
+    logits = hidden @ weight.T + bias
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
+    leaves = [hidden] if frozen else [hidden, weight]
+    expected = torch.autograd.grad((losses * weights).sum() * 3, leaves)
+    monkeypatch.setattr(loss_module, "_CHUNK_LOGITS", {False: 4 * 11})  # four rows at a time
+    options = {"labels": labels, "weights": weights, "label_smoothing": 0.1, "count_hits": True}
+    sums = cross_entropy(hidden, weight, bias, **options)
+    torch.testing.assert_close(sums.hits, (weights * (logits.argmax(-1) == labels)).sum().float())
+    for ours, theirs in zip(torch.autograd.grad(sums.loss * 3, leaves), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(cross_entropy(hidden, weight, bias, **options).loss, sums.loss.detach())
 
 
 @pytest.mark.parametrize("settings", [{"label_smoothing": 1.0}, {"label_smoothing": -0.1}, {"reduction": "mean"}])

@@ -1,6 +1,7 @@
 """One step against transformers' loss and gradients; micro-batches and workers against one big batch."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +49,33 @@ def test_loss_and_gradients_equal_transformers(task, examples, tiny_bart_dir):
     for name, weight in before.items():
         gradient = theirs[task.backbone.checkpoint_name(name)].grad
         torch.testing.assert_close(weight - after[name], gradient, atol=2e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_without_padding_have_the_loss_and_gradients_of_padded_ones(tiny_bart_dir, examples, precision):
+    batch = examples.collate(range(16), 8)
+    packed = batch.packed()
+    assert packed.labels.shape == (int(batch.weights.sum()),) and len(packed) == len(batch) == 16
+    assert packed.padded_targets == batch.padded_targets == batch.labels.numel()
+    loss, weights = trained(Seq2SeqLM.from_preset(tiny_bart_dir), [batch], precision=precision)
+    other, moved = trained(Seq2SeqLM.from_preset(tiny_bart_dir), [packed], precision=precision)
+    exact = precision == "fp32"
+    assert other == pytest.approx(loss, rel=1e-6 if exact else 2e-3)
+    for name, weight in weights.items():
+        tolerance = {"atol": 2e-6, "rtol": 1e-5} if exact else {"atol": 2e-2, "rtol": 0.1}
+        torch.testing.assert_close(moved[name], weight, **tolerance, msg=name)
+
+
+def test_what_is_packed_follows_masks_and_weights(examples):
+    batch = examples.collate(range(4))
+    hole, weights = batch.inputs["encoder_padding_mask"].clone(), batch.weights.clone()
+    hole[0, 1] = False  # padding between tokens
+    kept = replace(batch, inputs=batch.inputs | {"encoder_padding_mask": hole})
+    assert kept.packed() is kept
+    weights[1] = 0  # a row of the batch that is not to count keeps one token
+    assert (batch.packed().labels == batch.labels[batch.weights > 0]).all()
+    assert len(replace(batch, weights=weights).packed().labels) == weights.sum() + 1
+    assert len(replace(batch, weights=torch.ones_like(weights)).packed().labels) == weights.numel()
 
 
 @pytest.mark.parametrize("reduction", ["tokens", "keras"])
