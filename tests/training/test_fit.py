@@ -116,7 +116,7 @@ def test_the_split_is_the_last_rows_and_equals_validation_data(tiny_bart_dir, pa
     _, split = fitted(tiny_bart_dir, pairs, batch_size=8, validation_split=1 / 6)
     _, given = fitted(tiny_bart_dir, first, batch_size=8, validation_data=last)
     assert split["loss"] == given["loss"]
-    assert split["val_loss"] == given["val_loss"]
+    assert split["val_loss"] == pytest.approx(given["val_loss"], rel=1e-6)  # its rows come in another order
 
 
 def test_accumulation_equals_the_big_batch(tiny_bart_dir, pairs):
