@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from s2s_ray import errors, presets
+from s2s_ray.pipelines.evaluate import EvaluateSettings
 from s2s_ray.pipelines.finetune_settings import FinetuneSettings
 from s2s_ray.pipelines.flags import fields_of
-from s2s_ray.pipelines.settings import FIELDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -89,7 +89,7 @@ def test_paths_in_backquotes_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_flags_exist(page: Path) -> None:
-    known = {f"--{name.replace('_', '-')}" for name in {**FIELDS, **fields_of(FinetuneSettings)}}
+    known = {f"--{name.replace('_', '-')}" for name in {**fields_of(EvaluateSettings), **fields_of(FinetuneSettings)}}
     known |= {"--config", "--help"}
     known |= {"--digest", "--version", "--dtype"}  # of jobs/presets.py
     known |= {"--working-dir", "--index-url", "--full", "--check"}  # of ray, pip, pytest and ruff

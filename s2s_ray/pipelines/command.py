@@ -47,6 +47,15 @@ def finetune(argv: Sequence[str], description: str) -> int:
     return EXIT_OK
 
 
+def evaluate(argv: Sequence[str], description: str) -> int:
+    """Parse the flags, generate and score, print the figures; returns the exit code."""
+    from s2s_ray.pipelines import evaluate as job
+
+    evaluation = job.run(job.parse(argv, description, {}))
+    print(evaluation, flush=True)
+    return evaluation.exit_code
+
+
 def summarize_defaults(argv: Sequence[str]) -> dict[str, Any]:
     """The built-in summariser; and without any input the sample that ships with the package."""
     sample = {"input": (str(SAMPLE),), "text_column": "description", "output": "out/summaries"}
