@@ -13,6 +13,7 @@ from ledger_run import LedgerRun, exit_code, in_child, new_output
 from s2s_ray import storage
 from s2s_ray.errors import InfrastructureError, VerificationError
 from s2s_ray.pipelines.ledger import Shard
+from s2s_ray.pipelines.plan import Unit
 from s2s_ray.pipelines.publish import build_manifest, finished, verify
 from s2s_ray.storage import FAILPOINT_EXIT_CODE, Location
 
@@ -107,34 +108,46 @@ def test_counts_must_add_up(inputs: list[str], tmp_path: Path) -> None:
         build_manifest(run.ledger, wrong, run.document, "rename")
 
 
-def test_zombie_writer_leaves_an_orphan(inputs: list[str], tmp_path: Path) -> None:
-    """P5: a writer that sleeps between shard and commit, while another run finishes and publishes, changes nothing."""
-    run = LedgerRun(inputs, new_output(tmp_path))
-    run.ledger.claim(run.document)
-    unit = run.plan.units[2]
+def test_zombie_writers_leave_orphans(
+    inputs: list[str], tmp_path: Path, pytestconfig: pytest.Config, record: Callable[..., None]
+) -> None:
+    """P5: a writer that sleeps between shard and commit, while another run finishes and publishes, changes nothing.
 
-    def commit_late() -> None:
-        commit = run.ledger.commit(unit.id, unit.rows, run.shards[unit.id])
-        assert commit.attempt == run.ledger.read(unit.id).attempt
+    Twenty of them with --full, a different unit each time.
+    """
+    zombies = 20 if pytestconfig.getoption("--full") else 1
+    for number in range(zombies):
+        run = LedgerRun(inputs, new_output(tmp_path))
+        run.ledger.claim(run.document)
+        unit = run.plan.units[(2 + number) % len(run.plan.units)]
 
-    zombie = in_child(commit_late, "commit.before:1:sleep=1.5")
-    wait_for(lambda: run.ledger.data.list_names(), what="the zombie's shard")
-    run.drive()
-    before = (run.output / "_manifest.json").read_bytes()
-    assert_sound(inputs, run.settings.output)
-    assert exit_code(zombie) == 0
-    assert (run.output / "_manifest.json").read_bytes() == before
-    assert_sound(inputs, run.settings.output)
-    assert not run.ledger.data.list_names()
+        def commit_late(run: LedgerRun = run, unit: Unit = unit) -> None:
+            commit = run.ledger.commit(unit.id, unit.rows, run.shards[unit.id])
+            assert commit.attempt == run.ledger.read(unit.id).attempt
+
+        zombie = in_child(commit_late, "commit.before:1:sleep=1.5")
+        wait_for(lambda run=run: run.ledger.data.list_names(), what="the zombie's shard")
+        run.drive()
+        before = (run.output / "_manifest.json").read_bytes()
+        assert_sound(inputs, run.settings.output)
+        assert exit_code(zombie) == 0
+        assert (run.output / "_manifest.json").read_bytes() == before
+        assert_sound(inputs, run.settings.output)
+        assert not run.ledger.data.list_names()
+    record("a writer sleeps through the publication", injected=zombies, rows=zombies * 22, lost=0, doubled=0)
 
 
-def test_drivers_forced_together(inputs: list[str], tmp_path: Path) -> None:
-    """P21: without the lease, any number of drivers of one run give one sound output."""
-    for _ in range(5):
+def test_drivers_forced_together(
+    inputs: list[str], tmp_path: Path, pytestconfig: pytest.Config, record: Callable[..., None]
+) -> None:
+    """P21: without the lease, any number of drivers of one run give one sound output. Twenty races with --full."""
+    races = 20 if pytestconfig.getoption("--full") else 3
+    for _ in range(races):
         run = LedgerRun(inputs, new_output(tmp_path))
         drivers = [in_child(run.drive) for _ in range(6)]
         assert [exit_code(pid) for pid in drivers] == [0] * 6
         assert_sound(inputs, run.settings.output)
+    record("six drivers at once, without a lease", injected=races, rows=races * 22, lost=0, doubled=0)
 
 
 @pytest.mark.parametrize("nth", [1, 4, 9])
