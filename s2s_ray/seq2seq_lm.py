@@ -19,6 +19,7 @@ from s2s_ray.generation.requests import Finished, Request
 from s2s_ray.generation.settings import GenerationSettings
 from s2s_ray.models.backbone import Backbone
 from s2s_ray.models.loading import build_backbone, save_weights
+from s2s_ray.nn.linear import check_quantization
 from s2s_ray.presets.saving import new_preset
 from s2s_ray.task_inputs import Calls, GeneratedText, read_inputs
 from s2s_ray.text.inputs import Lang, is_column
@@ -100,11 +101,10 @@ class Seq2SeqLM:
         """Load a preset: a built-in name, a directory, `hf://org/name[@revision]`, a URL, or `name@version` of a store.
 
         load_weights=False initialises randomly. dtype: "float32" (default), "bfloat16" or "float16". device: as
-        torch's, default "cpu". The lengths, in tokens, `source_prefix` and the languages override the preset's
-        preprocessor. Raises PresetError, PresetIntegrityError, UnsupportedModelError or LanguageError.
+        torch's, default "cpu". quantization: "int8" generates with int8 products (float32 on a CPU only); training
+        and saved files keep the float weights. The lengths, in tokens, `source_prefix` and the languages override the
+        preset's preprocessor. Raises PresetError, PresetIntegrityError, UnsupportedModelError or LanguageError.
         """
-        if quantization is not None:
-            raise SettingsError(f"quantization must be None: int8 is not there yet. Received: {quantization!r}")
         directory = presets.resolve(preset).directory
         config = read_json_object(directory / "config.json")
         task = models.task_class(config.get("model_type"))
@@ -120,6 +120,9 @@ class Seq2SeqLM:
         )
         weights = directory if load_weights else None
         backbone = build_backbone(task.backbone_cls, config, weights, dtype=dtype, device=device)
+        parameter = next(backbone.parameters())
+        check_quantization(quantization, parameter.device, parameter.dtype)
+        backbone.quantization = quantization
         generation_config = read_json_object(directory / "generation_config.json")
         return task(
             backbone,

@@ -257,7 +257,7 @@ def test_unknown_settings_are_refused(task: Seq2SeqLM, tiny_bart_dir: Path) -> N
     with pytest.raises(SettingsError, match="dtype must be one of"):
         Seq2SeqLM.from_preset(tiny_bart_dir, dtype="int4")
     with pytest.raises(SettingsError, match="quantization"):
-        Seq2SeqLM.from_preset(tiny_bart_dir, quantization="int8")
+        Seq2SeqLM.from_preset(tiny_bart_dir, quantization="int4")
 
 
 def test_truncation_is_said(tiny_bart_dir: Path) -> None:

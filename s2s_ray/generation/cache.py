@@ -5,8 +5,8 @@ step is a list of cohorts: every linear layer of the decoder runs over all of th
 cohort by cohort, so no row attends over another's padding or age.
 
 The beams of a row share its cross-attention keys and values. Their self-attention keys and values are written once,
-where they were computed, and never moved: which of them a beam's history consists of is an ancestry mask, so `reorder`
-is a gather over booleans.
+where they were computed, and never moved: which of them a beam's history consists of is a table of places, so `reorder`
+is a gather over small integers.
 
 Dimensions: R rows of a cohort, W width (beams or parallel samples of a row), N sum of R x W, H heads, K head size,
 S source length, T positions decoded so far, D the model's width, P of a position table.
@@ -17,6 +17,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from s2s_ray.kernels import cpu
 
 _GROWTH = 32  # positions; the self-attention buffers double from here
 
@@ -34,8 +36,8 @@ class Cohort:
         scale: float,
         position_tables: Tensor | None = None,
     ) -> None:
-        """cross: per layer key and value `[R, S, D]`; padding_mask bool `[R, S]`, True for tokens, None without
-        padding; position_tables `[1 or layers, H, P]`: see `Backbone.position_tables`.
+        """cross: per layer key and value `[R, S, D]`; padding_mask bool `[R, S]`, True for tokens, which stand first,
+        None without padding; position_tables `[1 or layers, H, P]`: see `Backbone.position_tables`.
         """
         self.width = width
         self.num_heads = num_heads
@@ -43,16 +45,21 @@ class Cohort:
         self.num_rows = cross[0][0].shape[0]
         self.cross = [(self._heads(key), self._heads(value)) for key, value in cross]
         self.source_length = cross[0][0].shape[1]
+        first = cross[0][0]
+        self.native = first.device.type == "cpu" and first.dtype == torch.float32 and cpu.library() is not None
         self.cross_bias: Tensor | None = None
-        if padding_mask is not None:
-            bias = torch.zeros(padding_mask.shape, dtype=cross[0][0].dtype, device=cross[0][0].device)
+        if self.native:
+            lengths = torch.full((self.num_rows,), first.shape[1]) if padding_mask is None else padding_mask.sum(dim=1)
+            self._lengths = lengths.to(torch.int32)
+        elif padding_mask is not None:
+            bias = torch.zeros(padding_mask.shape, dtype=first.dtype, device=first.device)
             bias.masked_fill_(~padding_mask, float("-inf"))
             # Repeated for each head, since a batched product adds only a bias of its own shape.
             self.cross_bias = bias.repeat_interleave(num_heads, dim=0)[:, None]
         self.age = 0
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        self._ancestry: Tensor | None = None
+        self._places: Tensor | None = None  # int32 [R, W, T]: which sequence of its row wrote each position's entry
         self._tables = position_tables
         self._self_bias: Tensor | None = None  # [1 or layers, R x H, W, T x W]
 
@@ -70,22 +77,28 @@ class Cohort:
         capacity = self._keys[0].shape[1] // self.width if self._keys else 0
         if self.age == capacity:
             self._grow(max(_GROWTH, 2 * capacity))
-        self._self_bias = None if self._tables is None else self._position_bias(self._tables)
         if self.width > 1:
-            self._begin_ancestry()
+            own = torch.arange(self.width, dtype=torch.int32, device=self.cross[0][0].device)
+            own = own[:, None].expand(self.num_rows, -1, 1)
+            self._places = torch.cat([own] if self._places is None else [self._places, own], dim=-1)
+        if not self.native:
+            biases = [bias for bias in (self._position_bias(), self._ancestry_bias()) if bias is not None]
+            self._self_bias = sum(biases[1:], biases[0]) if biases else None
 
-    def _position_bias(self, tables: Tensor) -> Tensor:
-        distances = torch.arange(self.age, -1, -1, device=tables.device).clamp(max=tables.shape[-1] - 1)
-        bias = tables[:, :, distances].repeat_interleave(self.width, dim=-1)
+    def _position_bias(self) -> Tensor | None:
+        if self._tables is None:
+            return None
+        distances = torch.arange(self.age, -1, -1, device=self._tables.device).clamp(max=self._tables.shape[-1] - 1)
+        bias = self._tables[:, :, distances].repeat_interleave(self.width, dim=-1)
         return bias[:, None, :, None].expand(-1, self.num_rows, -1, self.width, -1).flatten(1, 2)
 
-    def _begin_ancestry(self) -> None:
-        own = torch.eye(self.width, dtype=torch.bool, device=self.cross[0][0].device).expand(self.num_rows, -1, -1)
-        self._ancestry = own if self._ancestry is None else torch.cat((self._ancestry, own), dim=-1)
-        bias = torch.zeros(self._ancestry.shape, dtype=self.cross[0][0].dtype, device=self._ancestry.device)
-        bias.masked_fill_(~self._ancestry, float("-inf"))
-        bias = bias.repeat_interleave(self.num_heads, dim=0)
-        self._self_bias = bias[None] if self._self_bias is None else self._self_bias + bias
+    def _ancestry_bias(self) -> Tensor | None:
+        if self._places is None:
+            return None
+        reference = self.cross[0][0]
+        bias = reference.new_full((*self._places.shape, self.width), float("-inf"))
+        bias.scatter_(-1, self._places[..., None].long(), 0.0)
+        return bias.flatten(2).repeat_interleave(self.num_heads, dim=0)[None]
 
     def _grow(self, capacity: int) -> None:
         reference = self.cross[0][0]
@@ -110,6 +123,19 @@ class Cohort:
         """query `[R x W, D]` to its attention output over the row's source, `[R x W, D]`."""
         return self._attend(query, *self.cross[layer], self.cross_bias)
 
+    def self_part(self, layer: int) -> cpu.Part:
+        """What the compiled attention reads and writes of this layer's history."""
+        keys, values, places = self._keys[layer], self._values[layer], self._places
+        return cpu.part(keys, values, rows=self.num_rows, width=self.width, age=self.age, places=places)
+
+    def cross_part(self, layer: int) -> cpu.Part:
+        """What the compiled attention reads of this layer's sources."""
+        return cpu.part(*self.cross[layer], rows=self.num_rows, width=self.width, lengths=self._lengths)
+
+    def table(self, layer: int) -> Tensor | None:
+        """The layer's relative bias, `[H, P]`."""
+        return None if self._tables is None else self._tables[layer % len(self._tables)]
+
     def _split(self, x: Tensor) -> Tensor:
         # [R x W, D] -> [R x H, W, K], a view where W is 1
         return x.view(self.num_rows, self.width, self.num_heads, -1).transpose(1, 2).flatten(0, 1)
@@ -129,9 +155,9 @@ class Cohort:
 
     def reorder(self, parents: Tensor) -> None:
         """Continue sequence w of row r from the history of sequence `parents[r, w]`; parents int64 `[R, W]`."""
-        if self._ancestry is not None:
-            index = parents[:, :, None].expand(-1, -1, self._ancestry.shape[-1])
-            self._ancestry = self._ancestry.gather(1, index)
+        if self._places is not None:
+            index = parents[:, :, None].expand(-1, -1, self._places.shape[-1])
+            self._places = self._places.gather(1, index)
 
     def keep(self, order: list[int]) -> None:
         """Row i becomes what row `order[i]` was; rows from `len(order)` on are dropped. See `closing_order`.
@@ -150,7 +176,10 @@ class Cohort:
         self._keys = [_close(buffer, targets, sources, kept, used) for buffer in self._keys]
         self._values = [_close(buffer, targets, sources, kept, used) for buffer in self._values]
         self.cross_bias = None if self.cross_bias is None else self.cross_bias[kept]
-        self._ancestry = None if self._ancestry is None else self._ancestry[torch.tensor(order, device=device)]
+        rows = torch.tensor(order, dtype=torch.int64, device=device)
+        self._places = None if self._places is None else self._places[rows]
+        if self.native:
+            self._lengths = self._lengths[rows]
 
     def _pairs(self, rows: list[int], device: torch.device) -> Tensor:
         heads = torch.arange(self.num_heads)
@@ -208,10 +237,19 @@ class DecoderCache:
 
     def attend_self(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query, key, value `[N, D]` to the attention output `[N, D]` over each sequence's own history."""
-        parts = zip(self.cohorts, *(t.split(self._sizes) for t in (query, key, value)), strict=True)
-        return torch.cat([cohort.attend_self(layer, q, k, v) for cohort, q, k, v in parts])
+        first = self.cohorts[0]
+        if first.native:
+            parts = [cohort.self_part(layer) for cohort in self.cohorts]
+            table = first.table(layer)
+            return cpu.attend(parts, query, key, value, heads=first.num_heads, scale=first.scale, table=table)
+        each = zip(self.cohorts, *(t.split(self._sizes) for t in (query, key, value)), strict=True)
+        return torch.cat([cohort.attend_self(layer, q, k, v) for cohort, q, k, v in each])
 
     def attend_cross(self, layer: int, query: Tensor) -> Tensor:
         """query `[N, D]` to the attention output `[N, D]` over each row's source."""
-        parts = zip(self.cohorts, query.split(self._sizes), strict=True)
-        return torch.cat([cohort.attend_cross(layer, q) for cohort, q in parts])
+        first = self.cohorts[0]
+        if first.native:
+            parts = [cohort.cross_part(layer) for cohort in self.cohorts]
+            return cpu.attend(parts, query, heads=first.num_heads, scale=first.scale)
+        each = zip(self.cohorts, query.split(self._sizes), strict=True)
+        return torch.cat([cohort.attend_cross(layer, q) for cohort, q in each])

@@ -43,6 +43,7 @@ class Backbone(nn.Module, ABC):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.config: dict[str, Any] = dict(config)
+        self.quantization: str | None = None  # None or "int8": of the packed weights, the parameters stay as they are
         self._packed_head: Projection | None = None
 
     # What a family says.
@@ -187,14 +188,14 @@ class Backbone(nn.Module, ABC):
     # Packed weights: made for generation, dropped whenever the parameters may change.
 
     def pack(self) -> None:
-        """Switch to evaluation and to packed weights. Idempotent."""
+        """Switch to evaluation and to packed weights. Idempotent. Raises SettingsError: see `check_quantization`."""
         if self._packed_head is not None:
             return
         self.eval()
         for layer in (*self.encoder_layers, *self.decoder_layers):
             if isinstance(layer, (EncoderLayer, DecoderLayer)):
-                layer.pack()
-        self._packed_head = pack_head(*self.output_head())
+                layer.pack(self.quantization)
+        self._packed_head = pack_head(*self.output_head(), self.quantization)
 
     def unpack(self) -> None:
         """Drop the packed weights."""

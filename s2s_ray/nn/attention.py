@@ -4,6 +4,8 @@ Dimensions: B rows, S source, T target or query length, N rows x beams, H heads,
 (D in most families, not in T5).
 """
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -121,13 +123,14 @@ class Attention(nn.Module):
         """The joined heads `[..., I]` through the output projection, `[..., D]`."""
         return self._packed.get("out", self.out)(x)
 
-    def pack(self, *, cross: bool) -> None:
+    def pack(self, quantization: str | None = None, *, cross: bool = False) -> None:
         """Pack the projections for generation; `cross` says which of the two sets this module uses."""
+        pack = functools.partial(pack_linear, quantization=quantization)
         if cross:
-            self._packed = {"query": pack_linear(self.query), "kv": pack_linear(self.key, self.value)}
+            self._packed = {"query": pack(self.query), "kv": pack(self.key, self.value)}
         else:
-            self._packed = {"qkv": pack_linear(self.query, self.key, self.value)}
-        self._packed["out"] = pack_linear(self.out)
+            self._packed = {"qkv": pack(self.query, self.key, self.value)}
+        self._packed["out"] = pack(self.out)
 
     def unpack(self) -> None:
         """Forget the packed weights."""

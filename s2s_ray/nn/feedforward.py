@@ -1,5 +1,7 @@
 """The position-wise feed-forward block."""
 
+import functools
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,17 +42,18 @@ class FeedForward(nn.Module):
         activate = ACTIVATIONS[self.activation]
         return activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x)
 
-    def pack(self) -> None:
+    def pack(self, quantization: str | None = None) -> None:
         """Pack the products for generation, the activation fused into the first."""
+        pack = functools.partial(pack_linear, quantization=quantization)
         if self.gate is None:
-            packed = pack_linear(self.up, activation=self.activation)
+            packed = pack(self.up, activation=self.activation)
         else:
-            gate, up = pack_linear(self.gate, activation=self.activation), pack_linear(self.up)
+            gate, up = pack(self.gate, activation=self.activation), pack(self.up)
 
             def packed(x: Tensor) -> Tensor:
                 return gate(x) * up(x)
 
-        self._packed = (packed, pack_linear(self.down))
+        self._packed = (packed, pack(self.down))
 
     def unpack(self) -> None:
         """Forget the packed weights."""

@@ -107,10 +107,10 @@ class EncoderLayer(_Layer):
         x = self._residual(x, self.self_attention_norm, lambda h: self.self_attention(h, mask=mask))
         return self._residual(x, self.feedforward_norm, self.feedforward)
 
-    def pack(self) -> None:
+    def pack(self, quantization: str | None = None) -> None:
         """Pack the weights for generation."""
-        self.self_attention.pack(cross=False)
-        self.feedforward.pack()
+        self.self_attention.pack(quantization)
+        self.feedforward.pack(quantization)
 
 
 class DecoderLayer(_Layer):
@@ -156,8 +156,8 @@ class DecoderLayer(_Layer):
         x = self._residual(x, self.cross_attention_norm, attend_cross)
         return self._residual(x, self.feedforward_norm, self.feedforward)
 
-    def pack(self) -> None:
+    def pack(self, quantization: str | None = None) -> None:
         """Pack the weights for generation."""
-        self.self_attention.pack(cross=False)
-        self.cross_attention.pack(cross=True)
-        self.feedforward.pack()
+        self.self_attention.pack(quantization)
+        self.cross_attention.pack(quantization, cross=True)
+        self.feedforward.pack(quantization)

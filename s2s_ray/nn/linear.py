@@ -6,39 +6,59 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from s2s_ray.errors import SettingsError
+from s2s_ray.kernels import cpu
+
 Projection = Callable[[Tensor], Tensor]
 _EPILOGUE_ROWS = 4096
 _HEAD_MULTIPLE = 64
 
 
-def pack_linear(*layers: nn.Linear, activation: str = "none") -> Projection:
+def pack_linear(*layers: nn.Linear, activation: str = "none", quantization: str | None = None) -> Projection:
     """One callable `[N, in] -> [N, sum of outs]` for layers that read the same input, with `activation` fused in.
 
-    A packed layer does not follow later changes of the weights: pack again. `activation` is a key of ACTIVATIONS.
+    A packed layer does not follow later changes of the weights: pack again. `activation` is a key of ACTIVATIONS,
+    `quantization` None or "int8".
     """
     with torch.no_grad():
         if len(layers) == 1:
-            return pack_weight(_weight(layers[0]), layers[0].bias, activation=activation)
+            return pack_weight(_weight(layers[0]), layers[0].bias, activation=activation, quantization=quantization)
         weight = torch.cat([_weight(layer) for layer in layers])
         has_bias = any(layer.bias is not None for layer in layers)
         bias = torch.cat([_bias(layer) for layer in layers]) if has_bias else None
-        return pack_weight(weight, bias, activation=activation)
+        return pack_weight(weight, bias, activation=activation, quantization=quantization)
 
 
-def pack_weight(weight: Tensor, bias: Tensor | None, *, activation: str = "none") -> Projection:
+def pack_weight(
+    weight: Tensor, bias: Tensor | None, *, activation: str = "none", quantization: str | None = None
+) -> Projection:
     """As `pack_linear`, for a weight `[out, in]` and a bias `[out]` that stand alone.
 
     On a CPU in fp32 the weight is stored once in oneDNN's blocked layout, which made products of 16 to 128 rows
-    1.1 to 4.3x as fast (docs/performance.md).
+    1.1 to 4.3x as fast (docs/performance.md). int8 is for fp32 on a CPU; elsewhere SettingsError is raised.
     """
     weight = weight.detach()
     bias = None if bias is None else bias.detach()
+    if quantization is not None:
+        check_quantization(quantization, weight.device, weight.dtype)
+        return cpu.pack_int8(weight, bias, activation=activation)
     if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return _pack_onednn(weight, bias, activation)
     activate = ACTIVATIONS[activation]
     if weight.device.type == "cuda" and weight.dtype != torch.float32 and bias is not None and "gelu" in activation:
         return _with_gelu_epilogue(weight, bias, activate)
     return lambda x: activate(F.linear(x, weight, bias))
+
+
+def check_quantization(quantization: str | None, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise SettingsError for a quantization that there is not, or not for this device and dtype."""
+    if quantization not in (None, "int8"):
+        raise SettingsError(f"quantization must be 'int8' or None. Received: {quantization!r}")
+    if quantization is not None and (device.type, dtype) != ("cpu", torch.float32):
+        raise SettingsError(
+            f"quantization='int8' is for float32 weights on a CPU. Received: {dtype} on {device}; "
+            "on a GPU choose dtype='bfloat16' or 'float16'"
+        )
 
 
 def _with_gelu_epilogue(weight: Tensor, bias: Tensor, activate: Callable[[Tensor], Tensor]) -> Projection:
@@ -56,7 +76,7 @@ def _with_gelu_epilogue(weight: Tensor, bias: Tensor, activate: Callable[[Tensor
     return run
 
 
-def pack_head(weight: Tensor, bias: Tensor | None) -> Projection:
+def pack_head(weight: Tensor, bias: Tensor | None, quantization: str | None = None) -> Projection:
     """As `pack_weight`, for the projection to the vocabulary, whose width is brought to a multiple of 64 by tokens of
     score -inf: cuBLAS took 2.8 ms for 4,096 rows of a vocabulary of 58,101, and takes 0.4 for 58,112 (H200, bf16).
     """
@@ -65,7 +85,7 @@ def pack_head(weight: Tensor, bias: Tensor | None) -> Projection:
         bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
         weight = F.pad(weight, (0, 0, 0, missing))
         bias = F.pad(bias, (0, missing), value=float("-inf"))
-    return pack_weight(weight, bias)
+    return pack_weight(weight, bias, quantization=quantization)
 
 
 def _pack_onednn(weight: Tensor, bias: Tensor | None, activation: str) -> Projection:

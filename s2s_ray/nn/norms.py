@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from s2s_ray import kernels
+from s2s_ray.kernels import cpu
 
 
 class RMSNorm(nn.Module):
@@ -24,9 +25,11 @@ class RMSNorm(nn.Module):
 
 
 def add_norm(x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
-    """`norm(x + y)`, x and y `[..., D]`; one kernel on CUDA where no gradient is asked for."""
+    """`norm(x + y)`, x and y `[..., D]`; one kernel where there is one and no gradient is asked for."""
     if torch.is_grad_enabled() or not isinstance(norm, nn.LayerNorm) or not x.dtype == y.dtype == norm.weight.dtype:
         return norm(x + y)
+    if x.device.type == "cpu" and x.dtype == torch.float32 and cpu.library() is not None:
+        return cpu.add_norm(x, y, norm)
     kernel = kernels.load("norms", x.device)
     if kernel is None:
         return norm(x + y)

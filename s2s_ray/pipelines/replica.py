@@ -42,7 +42,7 @@ class Replica:
         settings = job.settings
         device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
         directory = presets.resolve(settings.preset, expected_digest=job.preset_digest).directory
-        task = Seq2SeqLM.from_preset(directory, dtype=settings.dtype, device=device)
+        task = Seq2SeqLM.from_preset(directory, dtype=settings.dtype, device=device, quantization=settings.quantization)
         self.settings = task.generation_settings.replace(**settings.generation_changes())
         self.engine = EngineThread(
             lambda slots: Engine(task.backbone, max_batch_tokens=settings.max_batch_tokens, max_slots=slots),

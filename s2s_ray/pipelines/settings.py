@@ -47,6 +47,7 @@ class GenerateSettings:
     repetition_penalty: float | None = setting(None, "above 1 makes tokens that came already less likely", float)
     seed: int = setting(0, "with the row's position it alone decides what is sampled", int)
     dtype: str = setting("float32", "of weights and activations", choices=DTYPES)
+    quantization: str | None = setting(None, "products of the weights in int8, on a CPU", choices=("int8",))
     on_long: str = setting(
         "truncate", "sources above the limit: cut and marked, an error row, or in parts", choices=ON_LONG
     )
