@@ -13,6 +13,7 @@ from s2s_ray.generation.cache import Cohort, DecoderCache, closing_order
 from s2s_ray.generation.requests import Finished, Request
 from s2s_ray.generation.scheduler import Budget, Scheduler
 from s2s_ray.generation.search import Search, make_search, search_kind
+from s2s_ray.kernels import cpu
 from s2s_ray.models.backbone import Backbone
 
 _DEAD_SHARE = 0.1  # of a cohort; from here on its last live rows are moved into the gaps
@@ -34,6 +35,8 @@ class CohortDecoder:
         self.backbone = backbone
         self.budget = budget
         self._device = next(backbone.parameters()).device
+        if self._device.type == "cpu":
+            cpu.keep_memory()
         self._sampler = sampler
         self._lanes: dict[Hashable, _Lane] = {}
 

@@ -5,6 +5,7 @@
  * with a scale per row, sums in int32. Weights are stored as w + 128 (the instruction multiplies unsigned by signed) in
  * panels [N / 32][K / 4][32][4], so that one panel stays in the first cache while the rows pass by.
  */
+#include <malloc.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -99,6 +100,10 @@ static void *scratch(int which, size_t size) {
     }
     return held[which].at;
 }
+
+/* Freed memory stays with the process. By default the large buffers of each layer go back to the system and come anew,
+ * one page fault per 4 KiB. */
+int keep_memory(void) { return mallopt(M_MMAP_THRESHOLD, 1 << 30) && mallopt(M_TRIM_THRESHOLD, 1 << 30); }
 
 int has_int8(void) {
 #ifdef __AVX512VNNI__

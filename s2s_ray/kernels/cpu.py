@@ -99,6 +99,13 @@ def _processor() -> str:
 
 
 @functools.cache
+def keep_memory() -> None:
+    """Let this process keep the memory that it frees, up to 1 GiB: a step's buffers then come without page faults."""
+    if (found := library()) is not None:
+        found.keep_memory()
+
+
+@functools.cache
 def _has_int8() -> bool:
     found = library()
     return found is not None and bool(found.has_int8())
