@@ -88,8 +88,8 @@ def ours(task: Task) -> list[Contestant]:
     def enter() -> Iterator[Run]:
         config = json.loads((task.folder / "config.json").read_text())
         cls = models.task_class(config["model_type"]).backbone_cls
-        extra = {"quantization": args.quantization} if args.quantization else {}
-        backbone = build_backbone(cls, config, task.folder, dtype=DTYPES[args.dtype], device=args.device, **extra)
+        backbone = build_backbone(cls, config, task.folder, dtype=DTYPES[args.dtype], device=args.device)
+        backbone.quantization = args.quantization
         engine = Engine(backbone, max_slots=args.slots, max_batch_tokens=args.batch_tokens)
 
         def run(count: int | None) -> Outputs:
