@@ -25,8 +25,12 @@ class Arena:
     `ages` int64 `[R]` counts each row's positions; it stops where `done` bool `[R]`, which the search owns, is set.
     """
 
-    def __init__(self, backbone: Backbone, done: Tensor, *, width: int, positions: int, source_tokens: int) -> None:
-        """positions: the most that a sequence can have; source_tokens: room for all rows' sources together."""
+    def __init__(
+        self, backbone: Backbone, done: Tensor, *, width: int, positions: int, span: int, source_tokens: int
+    ) -> None:
+        """positions: the most that a sequence can have; span: the longest source, in tokens; source_tokens: room for all
+        rows' sources together.
+        """
         layers = [layer for layer in backbone.decoder_layers if isinstance(layer, DecoderLayer)]
         self._attentions = [(layer.self_attention, layer.cross_attention) for layer in layers]
         weight = layers[0].self_attention.query.weight
@@ -39,8 +43,7 @@ class Arena:
         num_pages = -(-source_tokens // PAGE) + rows
         self._own = torch.empty(len(layers), rows, positions, width, 2 * inner, dtype=weight.dtype, device=device)
         self._cross = torch.empty(len(layers), num_pages * PAGE, 2 * inner, dtype=weight.dtype, device=device)
-        longest = backbone.max_source_length or source_tokens
-        self.max_row_pages = min(num_pages, -(-longest // PAGE))
+        self.max_row_pages = min(num_pages, -(-span // PAGE))
         self._pages = torch.zeros(rows, self.max_row_pages, dtype=torch.int32, device=device)
         self._lengths = torch.zeros(rows, dtype=torch.int32, device=device)
         self.ages = torch.zeros(rows, dtype=torch.int64, device=device)

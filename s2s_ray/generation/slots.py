@@ -24,6 +24,9 @@ from s2s_ray.nn.ragged import RaggedRows, to_device
 
 LONGEST_TARGET = 2**15  # tokens; a slot is as long as the longest target it may hold
 _ROOM = 64  # tokens; the histories of a lane have room for a multiple of it
+_SPAN = (
+    1024  # source tokens; where a family has no limit, the lanes are for sources of up to this, twice this and so on
+)
 _OWN_SHARE, _SOURCE_SHARE = 0.2, 0.45  # of the free memory: histories, sources
 
 
@@ -57,7 +60,9 @@ class SlotDecoder:
 
     def kind(self, request: Request, limit: int) -> tuple[Any, ...]:
         """What rows must share to be decoded side by side."""
-        return (*search_kind(request), -(-(limit + 1) // _ROOM) * _ROOM)
+        length = len(request.token_ids)
+        span = self.backbone.max_source_length or max(_SPAN, 1 << (length - 1).bit_length())
+        return (*search_kind(request), -(-(limit + 1) // _ROOM) * _ROOM, span)
 
     def admit(self, kind: tuple[Any, ...], requests: list[Request], limits: list[int]) -> None:
         """Encode the rows and give them slots. Raises torch.OutOfMemoryError; nothing is held then."""
@@ -86,8 +91,8 @@ class _Lane:
         self.backbone = backbone
         self.kind = kind
         self._device = next(backbone.parameters()).device
-        _, self.width, self._room = kind
-        self.budget = _fitted(backbone, budget, self.width, self._room, len(first.token_ids), self._device)
+        _, self.width, self._room, span = kind
+        self.budget = _fitted(backbone, budget, self.width, self._room, span, len(first.token_ids), self._device)
         rows, source_tokens = self.budget.slots // self.width, self.budget.tokens // self.width
         self._settings = first.settings
         self._limit = limit
@@ -96,7 +101,12 @@ class _Lane:
         self.search = make_search(kind[0], [filler] * rows, [limit] * rows, self.width, self._device, sampler)
         self.search.hold(self._room)
         self.arena = Arena(
-            backbone, self.search.row["done"], width=self.width, positions=self._room, source_tokens=source_tokens
+            backbone,
+            self.search.row["done"],
+            width=self.width,
+            positions=self._room,
+            span=span,
+            source_tokens=source_tokens,
         )
         self._free = list(range(rows))[::-1]
         self.occupied: dict[int, int] = {}  # row to source tokens
@@ -228,7 +238,9 @@ def _encode(backbone: Backbone, requests: list[Request], device: torch.device) -
     return backbone.encode_ragged(to_device(torch.from_numpy(token_ids), device), RaggedRows(lengths, device)), lengths
 
 
-def _fitted(backbone: Backbone, budget: Budget, width: int, room: int, longest: int, device: torch.device) -> Budget:
+def _fitted(
+    backbone: Backbone, budget: Budget, width: int, room: int, span: int, longest: int, device: torch.device
+) -> Budget:
     """The budget, as far as the device's memory allows it, but one row of `longest` source tokens at the least."""
     rows, tokens = max(1, budget.slots // width), budget.tokens // width
     if device.type == "cuda":
@@ -237,7 +249,5 @@ def _fitted(backbone: Backbone, budget: Budget, width: int, room: int, longest: 
         each = Arena.bytes_per_position(backbone)
         rows = max(1, min(rows, int(free * _OWN_SHARE) // (each * room * width)))
         tokens = min(tokens, int(free * _SOURCE_SHARE) // each)
-    if backbone.max_source_length is not None:
-        tokens = min(tokens, rows * backbone.max_source_length)
-    tokens = max(tokens, longest)
+    tokens = max(min(tokens, rows * span), longest)
     return dataclasses.replace(budget, slots=rows * width, tokens=tokens * width)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import BartConfig
 
+from s2s_ray.generation import slots
 from s2s_ray.generation.engine import Engine
 from s2s_ray.generation.requests import Request
 from tests.models.contract import load_ours, our_tokens, reference_model, run, settings_of, sources
@@ -114,3 +115,17 @@ def test_every_kind_of_position_in_slots(family: str, tmp_path: Path) -> None:
     settings = settings_of(config, max_length=16, num_beams=3, no_repeat_ngram_size=2)
     found = our_tokens(Engine(backbone, decoding="slots", max_slots=9), rows, settings)
     assert found == our_tokens(Engine(backbone), rows, settings)
+
+
+def test_a_family_without_a_source_limit_gets_tables_for_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tables for all of the device's memory took minutes to fill.
+    monkeypatch.setattr(slots, "_SPAN", 16)
+    config = importlib.import_module("tests.models.test_t5").config()
+    backbone = load_ours(reference_model(config), tmp_path)
+    rows, settings = sources(config, 12, longest=100), settings_of(config, max_length=8)
+    assert len({(len(row) - 1).bit_length() for row in rows}) > 2
+    engine = Engine(backbone, decoding="slots", max_slots=9, max_batch_tokens=2**30)
+    assert our_tokens(engine, rows, settings) == our_tokens(Engine(backbone), rows, settings)
+    assert engine._decoder._lane.arena.max_row_pages == 1
