@@ -28,8 +28,8 @@ class Arena:
     def __init__(
         self, backbone: Backbone, done: Tensor, *, width: int, positions: int, span: int, source_tokens: int
     ) -> None:
-        """positions: the most that a sequence can have; span: the longest source, in tokens; source_tokens: room for all
-        rows' sources together.
+        """positions: the most that a sequence can have; span: source tokens that a row can have; source_tokens: room
+        for all rows' sources together.
         """
         layers = [layer for layer in backbone.decoder_layers if isinstance(layer, DecoderLayer)]
         self._attentions = [(layer.self_attention, layer.cross_attention) for layer in layers]
