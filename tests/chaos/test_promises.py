@@ -1,9 +1,11 @@
-"""Promises that need no Ray: odd rows (P10), schema drift (P12), NaN (P15), wrong tokenizers (P17), settings (P24)."""
+"""Promises that need no Ray: odd rows, schema drift, a lost device, NaN, wrong tokenizers, changed settings."""
 
 import asyncio
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from row_helpers import prepare, process
 from s2s_ray.errors import FingerprintError, InputError, PresetError, S2SRayError
 from s2s_ray.pipelines import generate
 from s2s_ray.pipelines import plan as planning
+from s2s_ray.pipelines.engine_thread import CUDA_EXIT_CODE
 from s2s_ray.pipelines.inputs import InputFile, find_files, output_schema, read_footers
 from s2s_ray.pipelines.replica import Replica
 from s2s_ray.pipelines.rows import Job, read_unit
@@ -186,6 +189,25 @@ def test_rows_whose_scores_are_no_numbers(
     found, errors = answered(replica, job, units)
     assert not none and {row["row"]: row["reason"] for row in errors} == dict.fromkeys(sorted(bad), "NONFINITE")
     assert found == [row for row in expected if row["id"] not in bad]
+
+
+@pytest.mark.parametrize(
+    "error", ["RuntimeError('CUDA error: an illegal memory access')", "type('AcceleratorError', (Exception,), {})()"]
+)
+def test_a_lost_device_ends_the_process(error: str) -> None:
+    """P14: no row is blamed, no future is answered: the process exits, which Ray takes for a dead actor."""
+    program = (
+        "from s2s_ray.generation.settings import GenerationSettings\n"
+        "from s2s_ray.pipelines.engine_thread import EngineThread\n"
+        "class Engine:\n"
+        "    has_work, max_slots = True, 8\n"
+        "    def add(self, requests): pass\n"
+        f"    def step(self): raise {error}\n"
+        "future = EngineThread(lambda slots: Engine(), None).submit([(0, [1], GenerationSettings())])\n"
+        "print(future.exception(60))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (CUDA_EXIT_CODE, ""), done.stderr
 
 
 def other_tokenizers(directory: Path, trained_bpe: dict[str, Any]) -> dict[str, Callable[[], None]]:

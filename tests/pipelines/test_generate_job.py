@@ -69,8 +69,9 @@ def test_job_then_no_op_then_other_settings(
     assert sum(verdict.table.column("num_tokens").to_pylist()) == report.tokens_generated
 
     before = (Path(settings.output) / "_manifest.json").stat().st_mtime_ns
-    again = run(dataclasses.replace(settings, num_replicas="2", max_batch_tokens=999))
-    assert (again.rows, again.rows_generated, again.exit_code) == (ROWS, 0, 0)
+    for _ in range(5):  # P22
+        again = run(dataclasses.replace(settings, num_replicas="2", max_batch_tokens=999))
+        assert (again.rows, again.rows_generated, again.exit_code) == (ROWS, 0, 0)
     assert (Path(settings.output) / "_manifest.json").stat().st_mtime_ns == before
     with pytest.raises(FingerprintError, match="num_beams was None, now 3"):
         run(dataclasses.replace(settings, num_beams=3))
