@@ -18,7 +18,13 @@ from s2s_ray.pipelines.settings import GenerateSettings
 if TYPE_CHECKING:
     import ray.data
 
-CALLS_PER_REPLICA = 4  # units in one engine at a time: the tail of one is filled by the next
+CALLS_PER_REPLICA = (
+    4,
+    16,
+)  # units in one engine at a time, at least and at most: the tail of one is filled by the next
+GPU_ROWS = (
+    8192  # at work in a replica with a GPU: several times what its engine decodes at one time, so that it can sort
+)
 TASK_CPUS = 0.25  # reading and committing wait for storage half of the time
 NO_PROGRESS_SECONDS = 1800.0
 INIT_DEATHS = 3  # of replicas in a row, while they load the model
@@ -33,10 +39,13 @@ class Resources:
     replica_cpus: float
     replica_gpus: float
     threads: int | None  # of torch, per replica; None leaves it to torch
+    calls: int  # units in one replica's engine at a time
     task_cpus: float = TASK_CPUS
 
     @classmethod
-    def of(cls, settings: GenerateSettings, cluster: Mapping[str, float], nodes: int) -> "Resources":
+    def of(
+        cls, settings: GenerateSettings, cluster: Mapping[str, float], nodes: int, rows_per_unit: int
+    ) -> "Resources":
         """Replicas take at most half of the CPUs there are now, so that the CPU stages can always run beside them."""
         cpus, all_gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
         gpus = settings.gpus_per_replica
@@ -47,7 +56,9 @@ class Resources:
         share = cpus / replicas[1] if cpus else 2.0
         replica_cpus = min(1.0, share / 2) if gpus else share / 2
         threads = None if gpus else max(1, min(int(share), os.cpu_count() or 1))
-        return cls(replicas, math.floor(replica_cpus * 1000) / 1000, gpus, threads)
+        least, most = CALLS_PER_REPLICA
+        calls = min(most, max(least, GPU_ROWS // rows_per_unit)) if gpus else least
+        return cls(replicas, math.floor(replica_cpus * 1000) / 1000, gpus, threads, calls)
 
     def pool(self) -> Any:
         """The actor pool; it keeps as many units queued at a replica as are at work in it."""
@@ -58,8 +69,8 @@ class Resources:
             min_size=low,
             max_size=high,
             initial_size=low,
-            max_concurrent_calls_per_actor=CALLS_PER_REPLICA,
-            max_tasks_in_flight_per_actor=2 * CALLS_PER_REPLICA,
+            max_concurrent_calls_per_actor=self.calls,
+            max_tasks_in_flight_per_actor=2 * self.calls,
         )
 
 

@@ -74,6 +74,9 @@ def prepare(settings: GenerateSettings) -> Prepared:
     """
     output = Location.parse(settings.output)
     settings = dataclasses.replace(settings, output=output.url, preset=presets.absolute(settings.preset))
+    if settings.draft_preset is not None:
+        settings = dataclasses.replace(settings, draft_preset=presets.absolute(settings.draft_preset))
+        presets.resolve(settings.draft_preset)
     files = find_files(settings.input, output)
     preset = presets.resolve(settings.preset)
     document = planning.document(settings, files, preset.digest)
@@ -127,7 +130,8 @@ def run_units(units: list[Unit], job: Job) -> Iterator[dict[str, Any]]:
 
     from s2s_ray.pipelines.replica import Replica
 
-    resources = Resources.of(job.settings, ray.cluster_resources(), len(ray.nodes()))
+    rows = max(unit.rows for unit in units)
+    resources = Resources.of(job.settings, ray.cluster_resources(), len(ray.nodes()), rows)
     items = [{"unit": unit.id, "descriptor": unit.encode()} for unit in units]
     dataset = (
         ray.data.from_items(items, override_num_blocks=len(items))
