@@ -17,6 +17,7 @@ from s2s_ray.generation import samplers
 from s2s_ray.generation.engine import Engine
 from s2s_ray.generation.requests import Finished, Request
 from s2s_ray.generation.settings import GenerationSettings
+from s2s_ray.generation.speculative import Speculation
 from s2s_ray.models.backbone import Backbone
 from s2s_ray.models.loading import build_backbone, save_weights
 from s2s_ray.nn.linear import check_quantization
@@ -175,13 +176,31 @@ class Seq2SeqLM:
 
     def engine(self, *, max_batch_tokens: int | None = None, max_slots: int | None = None) -> Engine:
         """The generation engine on this backbone; asking again with the same sizes returns the same one."""
-        sampler = self.sampler if self.sampler is not None and self.sampler.is_custom else None
-        return self._engine(max_batch_tokens, max_slots, sampler)
+        return self._engine(max_batch_tokens, max_slots, self.sampler)
+
+    def speculation(self, sampler: samplers.SpeculativeSampler) -> Speculation:
+        """What an engine needs of a speculative sampler; its draft preset is loaded once, to this device.
+
+        Raises SettingsError for a draft of another vocabulary, and what `from_preset` raises.
+        """
+        draft = sampler.draft
+        if draft is not None and not isinstance(draft, Seq2SeqLM):
+            dtype = next(self.backbone.parameters()).dtype
+            draft = sampler.draft = Seq2SeqLM.from_preset(draft, dtype=dtype, device=self.device)
+        if draft is not None and draft.preprocessor is not None and self.preprocessor is not None:
+            words = [task.preprocessor.tokenizer.vocabulary() for task in (self, draft)]
+            if words[0] != words[1]:
+                raise SettingsError("the draft must have the vocabulary of the model: its tokenizer has other tokens")
+        return Speculation(sampler.num_speculative_tokens, None if draft is None else draft.backbone)
 
     def _engine(self, tokens: int | None, slots: int | None, sampler: samplers.Sampler | None) -> Engine:
-        key = (tokens, slots, id(sampler), self.device)
+        custom = sampler if sampler is not None and sampler.is_custom else None
+        speculation = self.speculation(sampler) if isinstance(sampler, samplers.SpeculativeSampler) else None
+        key = (tokens, slots, id(custom), speculation, self.device)
         if key not in self._engines:
-            self._engines[key] = Engine(self.backbone, max_batch_tokens=tokens, max_slots=slots, sampler=sampler)
+            self._engines[key] = Engine(
+                self.backbone, max_batch_tokens=tokens, max_slots=slots, sampler=custom, speculation=speculation
+            )
         self.backbone.pack()  # training may have dropped the packed weights
         return self._engines[key]
 
@@ -238,7 +257,7 @@ class Seq2SeqLM:
             default_max_length=self._default_max_length(),
         )
         read = read_inputs(inputs, self.preprocessor, source_lang, target_lang)
-        engine = self._engine(batch_tokens, None, chosen if chosen is not None and chosen.is_custom else None)
+        engine = self._engine(batch_tokens, None, chosen)
         truncated_before = self.preprocessor.truncated_sources if self.preprocessor else 0
         finished = self._run(engine, calls.requests(read.rows))
         self._warn_of_truncation(truncated_before)

@@ -163,13 +163,29 @@ def test_sampling_depends_on_seed_and_row(task: Seq2SeqLM) -> None:
     assert task.generate(TEXTS[::-1], sampler="random", seed=7, row_ids=[3, 2, 1, 0]) == first[::-1]
 
 
+def test_the_samplers_that_are_more_than_a_choice_of_token(tiny_bart_dir: Path) -> None:
+    task = Seq2SeqLM.from_preset(tiny_bart_dir)
+    texts = ["a cat sat on the mat", "dogs"]
+    greedy = task.generate(texts, sampler="greedy", max_new_tokens=12)
+    assert task.generate(texts, sampler="speculative", max_new_tokens=12) == greedy
+    for draft in (tiny_bart_dir, task):
+        task.compile(sampler=samplers.SpeculativeSampler(3, draft))
+        assert task.generate(texts, max_new_tokens=12) == greedy
+    assert task.engine() is task.engine()
+    contrastive = task.generate(texts, sampler="contrastive", max_new_tokens=12)
+    assert contrastive == task.generate(texts, sampler="greedy", max_new_tokens=12, top_k=5, penalty_alpha=0.6)
+    assert contrastive != greedy
+    with pytest.raises(SettingsError, match="num_beams must be 1 for speculative decoding"):
+        task.generate(texts, num_beams=2, max_new_tokens=5)
+
+
 def test_compile_sets_kerashub_defaults(tiny_bart_dir: Path) -> None:
     task = Seq2SeqLM.from_preset(tiny_bart_dir, decoder_sequence_length=10)
     assert task.sampler is None
     task.compile()
     assert isinstance(task.sampler, samplers.TopKSampler) and task.sampler.k == 5
     assert task.generate(TEXTS) != task.generate(TEXTS, sampler="greedy")
-    with pytest.raises(SettingsError, match="sampler must be one of beam, greedy"):
+    with pytest.raises(SettingsError, match="sampler must be one of beam, contrastive, greedy"):
         task.compile(sampler="top-k")
     with pytest.raises(SettingsError, match="optimizer"):
         task.compile(optimizer="adamm")

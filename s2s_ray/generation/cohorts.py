@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from s2s_ray.generation.cache import Cohort, DecoderCache, closing_order
+from s2s_ray.generation.kinds import make_search, search_kind
 from s2s_ray.generation.requests import Finished, Request
 from s2s_ray.generation.scheduler import Budget, Scheduler
-from s2s_ray.generation.search import Search, make_search, search_kind
+from s2s_ray.generation.search import Search
 from s2s_ray.kernels import cpu
 from s2s_ray.models.backbone import Backbone
 
@@ -59,7 +60,7 @@ class CohortDecoder:
     def admit(self, kind: tuple[Any, ...], requests: list[Request], limits: list[int]) -> None:
         """Encode the rows as a new cohort. Raises torch.OutOfMemoryError; nothing is held then."""
         cohort = self._encode(requests, kind[1])
-        search = make_search(kind[0], requests, limits, kind[1], self._device, self._sampler)
+        search = make_search(kind[0], requests, limits, kind[1], self._device, self._sampler, self.backbone.hidden_dim)
         lane = self._lanes.get(kind)
         if lane is None:
             self._lanes[kind] = _Lane(search, [cohort], [False] * len(requests))
@@ -81,9 +82,11 @@ class CohortDecoder:
         lanes = list(self._lanes.values())
         newest = [lane.search.newest() for lane in lanes]
         cache = DecoderCache([cohort for lane in lanes for cohort in lane.cohorts])
-        logits = self.backbone.decode(torch.cat(newest), cache)
-        for lane, scores in zip(lanes, logits.split([t.numel() for t in newest]), strict=True):
-            parents = lane.search.advance(scores)
+        states = self.backbone.decode_states(torch.cat(newest), cache)
+        logits = self.backbone.project(states)
+        sizes = [t.numel() for t in newest]
+        for lane, scores, hidden in zip(lanes, logits.split(sizes), states.split(sizes), strict=True):
+            parents = lane.search.advance(scores, hidden)
             if parents is not None:
                 sizes = [cohort.num_rows for cohort in lane.cohorts]
                 for cohort, moved in zip(lane.cohorts, parents.split(sizes), strict=True):

@@ -2,7 +2,7 @@
 
 Rows wait in the scheduler and are admitted a cohort at a time: encoded together, cross-attention projected once. They
 share every decoder step with all other live rows; a finished row is answered and its slot is refilled. How a step runs
-is the decoder's affair: `cohorts.py` on a CPU, `slots.py` on a GPU.
+is the decoder's affair: `cohorts.py` on a CPU, `slots.py` on a GPU, `speculative.py` where asked for.
 """
 
 from collections.abc import Hashable, Iterable, Iterator
@@ -18,6 +18,7 @@ from s2s_ray.generation.requests import Finished, Request
 from s2s_ray.generation.samplers import Sampler
 from s2s_ray.generation.scheduler import Budget, Scheduler
 from s2s_ray.generation.slots import LONGEST_TARGET, SlotDecoder
+from s2s_ray.generation.speculative import Speculation, SpeculativeDecoder
 from s2s_ray.models.backbone import Backbone
 
 _WINDOW = 4096  # requests read ahead of the decoder, at least, to be sorted by length
@@ -49,11 +50,13 @@ class Engine:
         max_slots: int | None = None,
         sampler: Sampler | None = None,
         decoding: Literal["auto", "cohorts", "slots"] = "auto",
+        speculation: Speculation | None = None,
     ) -> None:
         """max_batch_tokens: source tokens x beams decoded at one time; max_slots: sequences decoded at one time.
 
         sampler: only for a sampler with a `get_next_token` of its own; it then decides for every row. decoding: "auto"
-        is "slots" (fixed places, captured steps) on CUDA and "cohorts" elsewhere.
+        is "slots" (fixed places, captured steps) on CUDA and "cohorts" elsewhere. speculation: greedy rows alone,
+        several tokens a step.
         """
         for name, value in (("max_batch_tokens", max_batch_tokens), ("max_slots", max_slots)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -61,7 +64,7 @@ class Engine:
         self.backbone = backbone
         self.device = next(backbone.parameters()).device
         on_cpu = self.device.type == "cpu"
-        in_slots = decoding == "slots" or (decoding == "auto" and not on_cpu)
+        in_slots = speculation is None and (decoding == "slots" or (decoding == "auto" and not on_cpu))
         slots = max_slots or (128 if on_cpu else 2048)
         self._budget = Budget(
             slots=slots,
@@ -75,7 +78,11 @@ class Engine:
         self.stats = EngineStats()
         backbone.pack()
         custom = sampler if sampler is not None and sampler.is_custom else None
-        self._decoder = (SlotDecoder if in_slots else CohortDecoder)(backbone, self._budget, custom)
+        self._decoder: CohortDecoder | SlotDecoder | SpeculativeDecoder
+        if speculation is not None:
+            self._decoder = SpeculativeDecoder(backbone, self._budget, speculation)
+        else:
+            self._decoder = (SlotDecoder if in_slots else CohortDecoder)(backbone, self._budget, custom)
 
     @property
     def has_work(self) -> bool:

@@ -36,7 +36,8 @@ class Sampler:
 
     def settings(self) -> dict[str, Any]:
         """The generation settings this sampler stands for."""
-        return {"temperature": self.temperature, "num_beams": 1} | ({} if self.seed is None else {"seed": self.seed})
+        base = {"temperature": self.temperature, "num_beams": 1, "penalty_alpha": 0.0}
+        return base | ({} if self.seed is None else {"seed": self.seed})
 
     @property
     def is_custom(self) -> bool:
@@ -138,7 +139,63 @@ class BeamSampler(GreedySampler):
         return super().get_config() | {"num_beams": self.num_beams}
 
 
-_SAMPLERS = {cls.name: cls for cls in (GreedySampler, RandomSampler, TopKSampler, TopPSampler, BeamSampler)}
+class ContrastiveSampler(Sampler):
+    """Contrastive search: of the `k` most probable tokens the one that is likely and, by `alpha` (0 to 1), unlike what
+    was said before. It needs the decoder's hidden states, so there is no `get_next_token`.
+    """
+
+    name = "contrastive"
+
+    def __init__(self, k: int = 5, alpha: float = 0.6, *, temperature: float = 1.0, seed: int | None = None) -> None:
+        super().__init__(temperature, seed=seed)
+        self.k = k
+        self.alpha = alpha
+        GenerationSettings(top_k=k, penalty_alpha=alpha)
+
+    def settings(self) -> dict[str, Any]:
+        """Contrastive search."""
+        return super().settings() | {"do_sample": False, "top_k": self.k, "penalty_alpha": self.alpha}
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return super().get_config() | {"k": self.k, "alpha": self.alpha}
+
+
+class SpeculativeSampler(GreedySampler):
+    """Greedy search, several tokens a step: up to `num_speculative_tokens` guesses are verified at once.
+
+    draft: who guesses, a smaller `Seq2SeqLM` of the same vocabulary or its preset; None looks the text's last tokens up
+    in the row's source. Faster only with few rows at a time (docs/performance.md), so nothing uses it by itself.
+    """
+
+    name = "speculative"
+
+    def __init__(self, num_speculative_tokens: int = 5, draft: Any = None, *, seed: int | None = None) -> None:
+        super().__init__(seed=seed)
+        if isinstance(num_speculative_tokens, bool) or not isinstance(num_speculative_tokens, int):
+            raise SettingsError(f"num_speculative_tokens must be a whole number. Received: {num_speculative_tokens!r}")
+        self.num_speculative_tokens = num_speculative_tokens
+        self.draft = draft
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {
+            "num_speculative_tokens": self.num_speculative_tokens,
+            "draft": self.draft,
+            "seed": self.seed,
+        }
+
+
+_CLASSES = (
+    GreedySampler,
+    RandomSampler,
+    TopKSampler,
+    TopPSampler,
+    BeamSampler,
+    ContrastiveSampler,
+    SpeculativeSampler,
+)
+_SAMPLERS: dict[str, type[Any]] = {cls.name: cls for cls in _CLASSES}
 
 
 def names() -> list[str]:

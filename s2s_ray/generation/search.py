@@ -93,20 +93,21 @@ class Search(ABC):
         index = (self.row["length"] - 1)[:, None, None].expand(-1, self.width, 1)
         return self.row["tokens"].gather(2, index).flatten()
 
-    def advance(self, logits: Tensor) -> Tensor | None:
-        """Choose the next token of every sequence from logits `[N, V]`, which may be written to.
+    def advance(self, logits: Tensor, states: Tensor) -> Tensor | None:
+        """Choose the next token of every sequence from logits `[N, V]`, which may be written to, and the hidden states
+        `[N, D]` that they were made of.
 
         Returns the source sequence of each, int64 `[R, W]`, where histories moved between sequences; None where not.
         """
         self._reserve()
         alive = ~self.row["done"]
-        parents = self._advance(logits)
+        parents = self._advance(logits, states)
         self.row["length"] += alive
         self._clock += 1
         return parents
 
     @abstractmethod
-    def _advance(self, logits: Tensor) -> Tensor | None: ...
+    def _advance(self, logits: Tensor, states: Tensor) -> Tensor | None: ...
 
     def _reserve(self) -> None:
         if not self._held and self._capacity <= self.longest:
@@ -149,11 +150,11 @@ class Search(ABC):
             self.requests[row], self.limits[row] = request, limit
             self.prompt_lengths[row] = 1 + len(request.prompt_ids)
 
-    def advance_in_place(self, logits: Tensor) -> Tensor | None:
+    def advance_in_place(self, logits: Tensor, states: Tensor) -> Tensor | None:
         """As `advance`, for a search that was told to `hold`. Rows that are done stay as they are."""
         state = dict(self.row)
         alive = ~self.row["done"]
-        parents = self.advance(logits)
+        parents = self.advance(logits, states)
         for name, tensor in state.items():
             if self.row[name] is not tensor:
                 live = alive.view(-1, *[1] * (tensor.dim() - 1))
@@ -265,7 +266,7 @@ class SampleSearch(Search):
         settings = [self.requests[n // self.width].settings for n in drawn]
         self._warpers = Warpers(settings, self.device) if drawn else None
 
-    def _advance(self, logits: Tensor) -> None:
+    def _advance(self, logits: Tensor, states: Tensor) -> None:
         shape = (len(self.requests), self.width)
         raw = logits
         if self._constraints or self._drawn is not None or self._sampler is not None:
@@ -335,7 +336,7 @@ class BeamSearch(Search):
         settings = [r.settings for r in self.requests for _ in range(self.width)]
         self._warpers = Warpers(settings, self.device) if any(s.do_sample for s in settings) else None
 
-    def _advance(self, logits: Tensor) -> Tensor:
+    def _advance(self, logits: Tensor, states: Tensor) -> Tensor:
         rows, width = len(self.requests), self.width
         reading, prompt = self._forced()
         total, parents, tokens = self._best_candidates(logits)
@@ -429,25 +430,3 @@ class BeamSearch(Search):
 
 def _widened(x: Tensor, width: int, value: int) -> Tensor:
     return pad(x, (0, width - x.shape[-1]), value=value)
-
-
-def make_search(
-    kind: str,
-    requests: Sequence[Request],
-    limits: Sequence[int],
-    width: int,
-    device: torch.device,
-    sampler: Sampler | None,
-) -> Search:
-    """The search of a kind, "beam" or "sample"."""
-    if kind == "beam":
-        return BeamSearch(requests, limits, width, device)
-    return SampleSearch(requests, limits, width, device, sampler)
-
-
-def search_kind(request: Request) -> tuple[str, int]:
-    """The kind of search a request needs and its width."""
-    settings = request.settings
-    if settings.num_beams > 1:
-        return "beam", settings.num_beams
-    return "sample", settings.num_return_sequences

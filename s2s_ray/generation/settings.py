@@ -14,7 +14,8 @@ class GenerationSettings:
 
     Lengths are in tokens. `max_length` counts the decoder's start token and prompt, as in transformers and KerasHub;
     `max_new_tokens` does not and wins when both are set. `top_k=0`, `top_p=1.0`, `typical_p=1.0` and `min_p=0.0` switch
-    those filters off. `output_scores` asks for the sum of log-probabilities where the search does not need it anyway.
+    those filters off. `penalty_alpha` above 0 is contrastive search among `top_k` candidates. `output_scores` asks for
+    the sum of log-probabilities where the search does not need it anyway.
     Raises SettingsError when a value is out of range.
     """
 
@@ -30,6 +31,7 @@ class GenerationSettings:
     top_p: float = 1.0
     typical_p: float = 1.0
     min_p: float = 0.0
+    penalty_alpha: float = 0.0
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     repetition_penalty: float = 1.0
@@ -69,7 +71,12 @@ class GenerationSettings:
         for name in ("top_p", "typical_p"):
             value = getattr(self, name)
             _require(_is_number(value) and 0 < value <= 1, name, "a number above 0 and at most 1", value)
-        _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number from 0 to 1", self.min_p)
+        for name in ("min_p", "penalty_alpha"):
+            value = getattr(self, name)
+            _require(_is_number(value) and 0 <= value <= 1, name, "a number from 0 to 1", value)
+        alone = self.num_beams == self.num_return_sequences == 1 and not self.do_sample and self.top_k > 1
+        what = "0 (no contrastive search) unless top_k is above 1, with one beam, one sequence and no sampling"
+        _require(alone or not self.penalty_alpha, "penalty_alpha", what, self.penalty_alpha)
         finite = _is_number(self.length_penalty) and abs(self.length_penalty) < float("inf")
         _require(finite, "length_penalty", "a finite number", self.length_penalty)
         known = isinstance(self.early_stopping, bool) or self.early_stopping == "never"
@@ -133,8 +140,10 @@ class GenerationSettings:
             merged["decoder_start_token_id"] = next(
                 (c["bos_token_id"] for c in reversed(configs) if c.get("bos_token_id") is not None), 0
             )
-        if merged.get("do_sample"):
-            merged.setdefault("top_k", 50)  # transformers' default where a checkpoint samples and says no more
+        if merged.get("do_sample") or merged.get("num_beams", 1) != 1:
+            merged.pop("penalty_alpha", None)  # as in transformers, which then samples or searches with beams
+        if merged.get("do_sample") or merged.get("penalty_alpha"):
+            merged.setdefault("top_k", 50)  # transformers' default where a checkpoint says no more
         return cls(**merged)
 
 

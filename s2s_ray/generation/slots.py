@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from s2s_ray.generation.arena import Arena
+from s2s_ray.generation.kinds import make_search, search_kind
 from s2s_ray.generation.requests import Finished, Request
 from s2s_ray.generation.scheduler import Budget, Scheduler
-from s2s_ray.generation.search import make_search, search_kind
 from s2s_ray.generation.settings import GenerationSettings
 from s2s_ray.models.backbone import Backbone
 from s2s_ray.nn.ragged import RaggedRows, to_device
@@ -98,7 +98,9 @@ class _Lane:
         self._limit = limit
         self.uniform = _is_uniform(first) and sampler is None
         filler = dataclasses.replace(first, prompt_ids=())
-        self.search = make_search(kind[0], [filler] * rows, [limit] * rows, self.width, self._device, sampler)
+        self.search = make_search(
+            kind[0], [filler] * rows, [limit] * rows, self.width, self._device, sampler, backbone.hidden_dim
+        )
         self.search.hold(self._room)
         self.arena = Arena(
             backbone,
@@ -111,7 +113,7 @@ class _Lane:
         self._free = list(range(rows))[::-1]
         self.occupied: dict[int, int] = {}  # row to source tokens
         self._graph: Any = None
-        self._logits: Tensor | None = None
+        self._decoded: tuple[Tensor, Tensor]
         self._flags = [torch.zeros(rows, dtype=torch.bool).pin_memory() for _ in range(2)] if self._cuda else []
         self._events = [torch.cuda.Event() for _ in range(2)] if self._cuda else []
         self._side = torch.cuda.Stream() if self._cuda else None
@@ -119,7 +121,7 @@ class _Lane:
         self._placed_at: dict[int, int] = {}
         self._packed = backbone.packed
         if self._cuda and self.uniform:
-            self._graph = self._capture(lambda: self._advance(self._decode()))
+            self._graph = self._capture(lambda: self._advance(*self._decode()))
 
     @property
     def _cuda(self) -> bool:
@@ -185,22 +187,24 @@ class _Lane:
 
     def _run(self) -> None:
         if not self._cuda:
-            self._advance(self._decode())
+            self._advance(*self._decode())
         elif self.uniform:
             self._graph.replay()
         else:
-            self._graph = self._graph or self._capture(self._keep_logits)
+            self._graph = self._graph or self._capture(self._keep_decoded)
             self._graph.replay()
-            self._advance(self._logits.clone())  # type: ignore[union-attr]
+            logits, states = self._decoded
+            self._advance(logits.clone(), states)
 
-    def _decode(self) -> Tensor:
-        return self.backbone.decode(self.search.newest(), self.arena)
+    def _decode(self) -> tuple[Tensor, Tensor]:
+        states = self.backbone.decode_states(self.search.newest(), self.arena)
+        return self.backbone.project(states), states
 
-    def _keep_logits(self) -> None:
-        self._logits = self._decode()
+    def _keep_decoded(self) -> None:
+        self._decoded = self._decode()
 
-    def _advance(self, logits: Tensor) -> None:
-        parents = self.search.advance_in_place(logits)
+    def _advance(self, logits: Tensor, states: Tensor) -> None:
+        parents = self.search.advance_in_place(logits, states)
         if parents is not None:
             self.arena.reorder(parents)
 

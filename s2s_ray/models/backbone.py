@@ -75,6 +75,11 @@ class Backbone(nn.Module, ABC):
     def output_head(self) -> tuple[Tensor, Tensor | None]:
         """The output projection's weight `[V, D]` and its bias `[V]` or None."""
 
+    @property
+    def hidden_dim(self) -> int:
+        """D of the decoder's last hidden states."""
+        return self.output_head()[0].shape[1]
+
     def finish_encoder(self, x: Tensor) -> Tensor:
         """What follows the last encoder layer (a final norm in some families)."""
         return x
@@ -135,13 +140,20 @@ class Backbone(nn.Module, ABC):
         """The newest token of each sequence, int64 `[N]`, to logits `[N, V or more]`: what packing adds to the
         vocabulary has -inf. The cache advances by one.
         """
+        return self.project(self.decode_states(token_ids, cache))
+
+    def decode_states(self, token_ids: Tensor, cache: StepCache) -> Tensor:
+        """As `decode`, up to the decoder's last hidden states `[N, D]`."""
         cache.begin_step()
         x = self.embed_target(token_ids, cache.positions(token_ids.device))
         for index, layer in enumerate(self.decoder_layers):
             x = layer.step(x, cache, index)  # type: ignore[operator]
         cache.end_step()
-        x = self.finish_decoder(x)
-        return self.logits(x) if self._packed_head is None else self._packed_head(x)
+        return self.finish_decoder(x)
+
+    def project(self, states: Tensor) -> Tensor:
+        """The decoder's last hidden states `[N, D]` to logits `[N, V or more]`, as `decode` gives them."""
+        return self.logits(states) if self._packed_head is None else self._packed_head(states)
 
     def forward(
         self,

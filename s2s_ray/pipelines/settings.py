@@ -8,7 +8,7 @@ from s2s_ray.errors import SettingsError
 from s2s_ray.pipelines import flags
 from s2s_ray.pipelines.flags import check_types, fields_of, flag, identity, require, setting
 
-SAMPLERS = ("greedy", "beam", "random", "top_k", "top_p")
+SAMPLERS = ("greedy", "beam", "random", "top_k", "top_p", "contrastive", "speculative")
 ON_LONG = ("truncate", "error", "split")
 SEGMENT = ("none", "sentence")
 PUBLISH = ("auto", "rename", "copy", "none")
@@ -40,8 +40,13 @@ class GenerateSettings:
     num_beams: int | None = setting(None, "beams per row", int)
     sampler: str | None = setting(None, "how the next token is chosen", choices=SAMPLERS)
     temperature: float | None = setting(None, "divides the logits when sampling", float)
-    top_k: int | None = setting(None, "sample among the k likeliest tokens (sampler top_k: 5)", int)
+    top_k: int | None = setting(None, "among how many of the likeliest tokens (samplers top_k, contrastive: 5)", int)
     top_p: float | None = setting(None, "sample among tokens of this total probability (sampler top_p: 0.1)", float)
+    penalty_alpha: float | None = setting(None, "weight of unlikeness in sampler contrastive, 0 to 1 (0.6)", float)
+    draft_preset: str | None = setting(
+        None, "small preset that guesses for sampler speculative; by default the row's source does", identity=False
+    )
+    draft_tokens: int = setting(5, "guesses a step of sampler speculative", int, unit="tokens", identity=False)
     length_penalty: float | None = setting(None, "exponent of the length in a beam's score", float)
     no_repeat_ngram_size: int | None = setting(None, "no n-gram of this size comes twice; 0 is off", int)
     repetition_penalty: float | None = setting(None, "above 1 makes tokens that came already less likely", float)
@@ -77,7 +82,14 @@ class GenerateSettings:
     def __post_init__(self) -> None:
         check_types(self)
         require(bool(self.input), "input", "at least one path", self.input)
-        for name in ("max_source_length", "max_target_length", "num_beams", "rows_per_unit", "max_batch_tokens"):
+        for name in (
+            "max_source_length",
+            "max_target_length",
+            "num_beams",
+            "rows_per_unit",
+            "max_batch_tokens",
+            "draft_tokens",
+        ):
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1", value)
         require(0 <= self.max_error_rate <= 1, "max_error_rate", "from 0 to 1", self.max_error_rate)
@@ -131,20 +143,35 @@ class GenerateSettings:
 
     def _sampler_changes(self) -> dict[str, Any]:
         sampling = self.sampler in ("random", "top_k", "top_p")
-        given = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        for name, value in given.items():
-            if value is not None and not sampling:
-                raise SettingsError(f"{flag(name)} needs --sampler random, top_k or top_p. Received: {self.sampler}")
+        contrastive = self.sampler == "contrastive"
+        for name, fits, needed in (
+            ("temperature", sampling or contrastive, "random, top_k, top_p or contrastive"),
+            ("top_k", sampling or contrastive, "random, top_k, top_p or contrastive"),
+            ("top_p", sampling, "random, top_k or top_p"),
+            ("penalty_alpha", contrastive, "contrastive"),
+            ("draft_preset", self.sampler == "speculative", "speculative"),
+        ):
+            if getattr(self, name) is not None and not fits:
+                raise SettingsError(f"{flag(name)} needs --sampler {needed}. Received: {self.sampler}")
         if self.sampler in (None, "beam"):
             beams = self.num_beams or (5 if self.sampler else None)  # KerasHub's BeamSampler has 5
-            return {"num_beams": beams, "do_sample": False if beams else None}
+            return {"num_beams": beams, **({"do_sample": False, "penalty_alpha": 0.0} if beams else {})}
         if (self.num_beams or 1) != 1:
             raise SettingsError(f"--num-beams above 1 needs --sampler beam. Received: {self.sampler}")
-        if self.sampler == "greedy":
-            return {"num_beams": 1, "do_sample": False}
+        if self.sampler in ("greedy", "speculative"):
+            return {"num_beams": 1, "do_sample": False, "penalty_alpha": 0.0}
+        if contrastive:
+            return {
+                "num_beams": 1,
+                "do_sample": False,
+                "temperature": self.temperature,
+                "top_k": self.top_k if self.top_k is not None else 5,
+                "penalty_alpha": self.penalty_alpha if self.penalty_alpha is not None else 0.6,
+            }
         return {
             "num_beams": 1,
             "do_sample": True,
+            "penalty_alpha": 0.0,
             "temperature": self.temperature,
             "top_k": self.top_k if self.top_k is not None else 5 if self.sampler == "top_k" else 0,
             "top_p": self.top_p if self.top_p is not None else 0.1 if self.sampler == "top_p" else 1.0,

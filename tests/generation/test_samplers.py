@@ -111,6 +111,7 @@ def test_kerashub_defaults() -> None:
         "do_sample": True,
         "top_k": 5,
         "top_p": 1.0,
+        "penalty_alpha": 0.0,
     }
     assert samplers.get("top_p").get_config() == {"temperature": 1.0, "seed": None, "p": 0.1, "k": None}
     assert samplers.get("beam").settings()["num_beams"] == 5
@@ -133,7 +134,7 @@ def test_get_next_token_stands_alone(name: str) -> None:
 def test_unknown_samplers_are_refused_with_the_list(bad: Any) -> None:
     with pytest.raises(SettingsError):
         samplers.get(bad)
-    with pytest.raises(SettingsError, match="beam, greedy, random, top_k, top_p"):
+    with pytest.raises(SettingsError, match="beam, contrastive, greedy, random, speculative, top_k, top_p"):
         samplers.get("nope")
 
 

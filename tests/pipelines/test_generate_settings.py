@@ -111,6 +111,12 @@ def test_generation_changes() -> None:
     assert (top_k.seed, top_k.temperature) == (3, 0.5)
     top_p = base.replace(**settings(sampler="top_p").generation_changes())
     assert (top_p.top_k, top_p.top_p) == (0, 0.1)
+    contrastive = base.replace(**settings(sampler="contrastive", top_k=4).generation_changes())
+    assert (contrastive.top_k, contrastive.penalty_alpha, contrastive.num_beams) == (4, 0.6, 1)
+    speculative = contrastive.replace(**settings(sampler="speculative").generation_changes())
+    assert (speculative.penalty_alpha, speculative.do_sample) == (0.0, False)
+    with pytest.raises(SettingsError, match="--draft-preset needs --sampler speculative"):
+        settings(draft_preset="small")
 
 
 def test_replica_range() -> None:
