@@ -18,13 +18,8 @@ from s2s_ray.pipelines.settings import GenerateSettings
 if TYPE_CHECKING:
     import ray.data
 
-CALLS_PER_REPLICA = (
-    4,
-    16,
-)  # units in one engine at a time, at least and at most: the tail of one is filled by the next
-GPU_ROWS = (
-    8192  # at work in a replica with a GPU: several times what its engine decodes at one time, so that it can sort
-)
+LEAST_UNITS, MOST_UNITS = 4, 16  # in one engine at a time: the tail of one is filled by the next
+GPU_ROWS = 8192  # in an engine on a GPU, where units are small: several times what it decodes at one time
 TASK_CPUS = 0.25  # reading and committing wait for storage half of the time
 NO_PROGRESS_SECONDS = 1800.0
 INIT_DEATHS = 3  # of replicas in a row, while they load the model
@@ -56,8 +51,7 @@ class Resources:
         share = cpus / replicas[1] if cpus else 2.0
         replica_cpus = min(1.0, share / 2) if gpus else share / 2
         threads = None if gpus else max(1, min(int(share), os.cpu_count() or 1))
-        least, most = CALLS_PER_REPLICA
-        calls = min(most, max(least, GPU_ROWS // rows_per_unit)) if gpus else least
+        calls = min(MOST_UNITS, max(LEAST_UNITS, GPU_ROWS // rows_per_unit)) if gpus else LEAST_UNITS
         return cls(replicas, math.floor(replica_cpus * 1000) / 1000, gpus, threads, calls)
 
     def pool(self) -> Any:
