@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from s2s_ray.generation import selection
+from s2s_ray.generation.cache import DecoderCache
 from s2s_ray.generation.requests import Request
 from s2s_ray.models.backbone import Backbone
 
@@ -36,13 +37,14 @@ class ChainCache:
         self._device = device
         self._buffers: list[tuple[Tensor, Tensor]] = []  # each layer's keys and values, [R, H, C, K]
         self.lengths = [0] * len(rows)
-        self._width = 1
+        self.begin(1)
         self._positions: Tensor
         self._biases: list[Tensor]  # one, or one a layer: bool [R, 1, W, L] or what is added, [R, H, W, L]
 
     def begin(self, width: int) -> None:
         """The next step feeds so many tokens to each row."""
         self._width = self._cohort.width = width
+        self._cross = DecoderCache([self._cohort])
 
     def begin_step(self) -> None:
         """See StepCache."""
@@ -92,7 +94,7 @@ class ChainCache:
 
     def attend_cross(self, layer: int, query: Tensor) -> Tensor:
         """See StepCache."""
-        return self._cohort.attend_cross(layer, query)
+        return self._cross.attend_cross(layer, query)
 
     def accept(self, counts: Sequence[int]) -> None:
         """So many of the tokens fed to each row stay."""
