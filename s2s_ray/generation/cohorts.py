@@ -84,8 +84,8 @@ class CohortDecoder:
         cache = DecoderCache([cohort for lane in lanes for cohort in lane.cohorts])
         states = self.backbone.decode_states(torch.cat(newest), cache)
         logits = self.backbone.project(states)
-        sizes = [t.numel() for t in newest]
-        for lane, scores, hidden in zip(lanes, logits.split(sizes), states.split(sizes), strict=True):
+        counts = [t.numel() for t in newest]
+        for lane, scores, hidden in zip(lanes, logits.split(counts), states.split(counts), strict=True):
             parents = lane.search.advance(scores, hidden)
             if parents is not None:
                 sizes = [cohort.num_rows for cohort in lane.cohorts]

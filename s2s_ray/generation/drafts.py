@@ -46,6 +46,11 @@ class ChainCache:
         self._width = self._cohort.width = width
         self._cross = DecoderCache([self._cohort])
 
+    @property
+    def num_tokens(self) -> int:
+        """N of the next step."""
+        return len(self.lengths) * self._width
+
     def begin_step(self) -> None:
         """See StepCache."""
         end = max(self.lengths) + self._width
@@ -106,6 +111,36 @@ class ChainCache:
         index = torch.tensor(order, device=self._device)
         self.lengths = [self.lengths[row] for row in order]
         self._buffers = [(keys[index], values[index]) for keys, values in self._buffers]
+
+
+class ChainCaches:
+    """The StepCache of several cohorts at once: every linear layer runs over all of their tokens together."""
+
+    def __init__(self, caches: Sequence[ChainCache]) -> None:
+        self._caches = caches
+        self._sizes = [cache.num_tokens for cache in caches]
+
+    def begin_step(self) -> None:
+        """See StepCache."""
+        for cache in self._caches:
+            cache.begin_step()
+
+    def end_step(self) -> None:
+        """See StepCache."""
+
+    def positions(self, device: torch.device) -> Tensor:
+        """See StepCache."""
+        return torch.cat([cache.positions(device) for cache in self._caches])
+
+    def attend_self(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See StepCache."""
+        parts = zip(self._caches, *(x.split(self._sizes) for x in (query, key, value)), strict=True)
+        return torch.cat([cache.attend_self(layer, q, k, v) for cache, q, k, v in parts])
+
+    def attend_cross(self, layer: int, query: Tensor) -> Tensor:
+        """See StepCache."""
+        parts = zip(self._caches, query.split(self._sizes), strict=True)
+        return torch.cat([cache.attend_cross(layer, q) for cache, q in parts])
 
 
 class Draft(Protocol):

@@ -19,7 +19,7 @@ from s2s_ray.errors import RowErrorReason, SettingsError
 from s2s_ray.generation import selection
 from s2s_ray.generation.cache import closing_order
 from s2s_ray.generation.constraints import Constraints, History
-from s2s_ray.generation.drafts import ChainCache, Draft, ModelDraft, SourceDraft
+from s2s_ray.generation.drafts import ChainCache, ChainCaches, Draft, ModelDraft, SourceDraft
 from s2s_ray.generation.requests import Finished, Generated, Request
 from s2s_ray.generation.scheduler import Budget, Scheduler
 from s2s_ray.models.backbone import Backbone
@@ -91,13 +91,13 @@ class _Cohort:
     def __init__(self, backbone: Backbone, speculation: Speculation, rows: list[_Row]) -> None:
         requests = [row.request for row in rows]
         self.rows = rows
-        self._backbone = backbone
-        self._cache = ChainCache(backbone, requests)
+        self.cache = ChainCache(backbone, requests)
+        self._fed: Tensor  # [R, W]
         self._draft = speculation.begin(requests)
         self._device = next(backbone.parameters()).device
 
-    def step(self) -> list[Finished]:
-        """Guess, verify, and answer the rows that are done."""
+    def guess(self) -> Tensor:
+        """The tokens to feed, int64 `[N]`: each row's last one and its guesses."""
         texts = [row.text for row in self.rows]
         guesses = [
             guess[: max(0, row.limit - len(row.text) - 1)]  # what lies beyond the limit cannot count
@@ -105,25 +105,30 @@ class _Cohort:
         ]
         width = 1 + max(map(len, guesses))
         fed = [[text[-1], *guess] + [0] * (width - 1 - len(guess)) for text, guess in zip(texts, guesses, strict=True)]
-        self._cache.begin(width)
-        ids = torch.tensor(fed, device=self._device)
-        logits = self._backbone.decode(ids.flatten(), self._cache)
+        self.cache.begin(width)
+        self._fed = torch.tensor(fed, device=self._device)
+        return self._fed.flatten()
+
+    def verify(self, logits: Tensor) -> list[Finished]:
+        """Take the guesses that the model's logits `[N, V]` confirm, and answer the rows that are done."""
+        texts, width = [row.text for row in self.rows], self._fed.shape[1]
         before = [len(text) for text in texts]
-        chosen = [values.view(-1, width).tolist() for values in self._choices(logits, ids, before)]
-        for row, guess, choices in zip(self.rows, fed, zip(*chosen, strict=True), strict=True):
+        chosen = [values.view(-1, width).tolist() for values in self._choices(logits, before)]
+        for row, guess, choices in zip(self.rows, self._fed.tolist(), zip(*chosen, strict=True), strict=True):
             for place, choice in enumerate(zip(*choices, strict=True)):
                 row.add(*choice)
                 if row.answer is not None or place + 1 == width or guess[place + 1] != row.text[-1]:
                     break
         counts = [len(text) - length for text, length in zip(texts, before, strict=True)]
-        self._cache.accept(counts)
+        self.cache.accept(counts)
         self._draft.accept(counts)
         return self._leave()
 
-    def _choices(self, logits: Tensor, fed: Tensor, before: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def _choices(self, logits: Tensor, before: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """After each token fed: greedy search's next one int64 `[N]`, its log-probability by the model alone fp32
         `[N]` (0 where no row wants scores), and whether it is a number, bool `[N]`.
         """
+        fed = self._fed
         width, requests = fed.shape[1], [row.request for row in self.rows]
         scored = any(request.settings.output_scores for request in requests)
         lengths = torch.tensor(before, device=fed.device)
@@ -151,7 +156,7 @@ class _Cohort:
         if answers and len(answers) < len(self.rows):
             order = closing_order([row.answer is None for row in self.rows])
             self.rows = [self.rows[row] for row in order]
-            self._cache.keep(order)
+            self.cache.keep(order)
             self._draft.keep(order)
         elif answers:
             self.rows = []
@@ -159,7 +164,7 @@ class _Cohort:
 
 
 class SpeculativeDecoder:
-    """The engine's decoder for greedy rows that are decoded several tokens a step, cohort by cohort."""
+    """The engine's decoder for greedy rows that are decoded several tokens a step."""
 
     def __init__(self, backbone: Backbone, budget: Budget, speculation: Speculation) -> None:
         speculation.check(backbone)
@@ -199,7 +204,10 @@ class SpeculativeDecoder:
 
     def step(self) -> list[Finished]:
         """One step of every cohort; the rows that are done now."""
-        answers = [answer for cohort in self._cohorts for answer in cohort.step()]
+        fed = [cohort.guess() for cohort in self._cohorts]
+        logits = self.backbone.decode(torch.cat(fed), ChainCaches([cohort.cache for cohort in self._cohorts]))
+        parts = zip(self._cohorts, logits.split([len(ids) for ids in fed]), strict=True)
+        answers = [answer for cohort, scores in parts for answer in cohort.verify(scores)]
         self._cohorts = [cohort for cohort in self._cohorts if cohort.rows]
         return answers
 
