@@ -187,11 +187,12 @@ class Seq2SeqLM:
         if draft is not None and not isinstance(draft, Seq2SeqLM):
             dtype = next(self.backbone.parameters()).dtype
             draft = sampler.draft = Seq2SeqLM.from_preset(draft, dtype=dtype, device=self.device)
-        if draft is not None and draft.preprocessor is not None and self.preprocessor is not None:
-            words = [task.preprocessor.tokenizer.vocabulary() for task in (self, draft)]
-            if words[0] != words[1]:
-                raise SettingsError("the draft must have the vocabulary of the model: its tokenizer has other tokens")
-        return Speculation(sampler.num_speculative_tokens, None if draft is None else draft.backbone)
+        if draft is None:
+            return Speculation(sampler.num_speculative_tokens)
+        ours, theirs = self.preprocessor, draft.preprocessor
+        if ours and theirs and ours.tokenizer.vocabulary() != theirs.tokenizer.vocabulary():
+            raise SettingsError("the draft must have the vocabulary of the model: its tokenizer has other tokens")
+        return Speculation(sampler.num_speculative_tokens, draft.backbone)
 
     def _engine(self, tokens: int | None, slots: int | None, sampler: samplers.Sampler | None) -> Engine:
         custom = sampler if sampler is not None and sampler.is_custom else None

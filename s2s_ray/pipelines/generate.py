@@ -75,8 +75,9 @@ def prepare(settings: GenerateSettings) -> Prepared:
     output = Location.parse(settings.output)
     settings = dataclasses.replace(settings, output=output.url, preset=presets.absolute(settings.preset))
     if settings.draft_preset is not None:
-        settings = dataclasses.replace(settings, draft_preset=presets.absolute(settings.draft_preset))
-        presets.resolve(settings.draft_preset)
+        draft = presets.absolute(settings.draft_preset)
+        presets.resolve(draft)
+        settings = dataclasses.replace(settings, draft_preset=draft)
     files = find_files(settings.input, output)
     preset = presets.resolve(settings.preset)
     document = planning.document(settings, files, preset.digest)
