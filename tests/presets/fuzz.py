@@ -193,10 +193,11 @@ def _bart(directory: Path, texts: Sequence[str], reference_model: Any, config: A
 
 
 def _limited_attack(preset: Path, cases: int, seed: int, results: Any) -> None:
+    load(preset)  # unchanged it does; and what torch maps is mapped
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + EXTRA_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    results.put(attack(preset, cases, seed))
+    results.send(attack(preset, cases, seed))
 
 
 def main() -> int:
@@ -208,16 +209,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as root:
         presets = make_presets(Path(root))
         for preset in presets:
-            load(preset)  # unchanged they load
-            results: Any = multiprocessing.SimpleQueue()
-            cases = arguments.cases // len(presets)
-            process = multiprocessing.Process(target=_limited_attack, args=(preset, cases, arguments.seed, results))
+            context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+            receiving, sending = context.Pipe(duplex=False)
+            task = (preset, arguments.cases // len(presets), arguments.seed, sending)
+            process = context.Process(target=_limited_attack, args=task)
             process.start()
-            process.join()
-            if process.exitcode:
+            sending.close()
+            try:
+                counted, found = receiving.recv()
+            except EOFError:
+                process.join()
                 wrong.append(f"{preset.name}: the process ended with {process.exitcode}")
                 continue
-            counted, found = results.get()
             outcomes.update(counted)
             wrong += found
     print("\n".join(wrong))
@@ -226,5 +229,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method("fork")
     sys.exit(main())
