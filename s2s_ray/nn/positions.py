@@ -86,7 +86,7 @@ class RelativeBias(nn.Embedding):
         causal query may not see.
         """
         offsets = torch.arange(1 - length, length, device=self.weight.device)
-        bias = self._of(offsets)
+        bias = self.of(offsets)
         if self.causal:
             bias = bias.masked_fill(offsets > 0, float("-inf"))
         return bias.unfold(1, length, 1).flip(1)[None]  # row q is the window that begins at offset -q
@@ -98,10 +98,11 @@ class RelativeBias(nn.Embedding):
         """
         farthest = self.max_distance
         offsets = torch.arange(-farthest, 1 if self.causal else farthest + 1, device=self.weight.device)
-        return self._of(offsets.flip(0) if self.causal else offsets)
+        return self.of(offsets.flip(0) if self.causal else offsets)
 
-    def _of(self, offsets: Tensor) -> Tensor:
-        return super().forward(self._bucket(offsets)).T  # key minus query [L] -> [H, L]
+    def of(self, offsets: Tensor) -> Tensor:
+        """Key minus query, int64 `[L]`, to what is added, `[H, L]`."""
+        return super().forward(self._bucket(offsets)).T
 
     def _bucket(self, offsets: Tensor) -> Tensor:
         count = self.num_embeddings if self.causal else self.num_embeddings // 2

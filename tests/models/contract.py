@@ -106,7 +106,7 @@ def reference_tokens(model: Any, rows: list[list[int]], **settings: Any) -> list
     """What transformers generates for a padded batch: each row's sequences, start token off, cut at the end token."""
     ids, mask = padded(rows, model.config.pad_token_id)
     given = {"do_sample": False, "num_beams": 1, "forced_eos_token_id": None} | settings
-    output = model.generate(input_ids=ids, attention_mask=mask, **given)
+    output = model.generate(input_ids=ids, attention_mask=mask.long(), **given)
     each = settings.get("num_return_sequences", 1)
     ends = given.get("eos_token_id", model.config.eos_token_id)
     cut = [_cut(row[1:], [ends] if isinstance(ends, int) else ends) for row in output.tolist()]
@@ -186,7 +186,7 @@ def teacher_forced(config: Any, rows: list[list[int]], length: int = 9) -> dict[
 def reference_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """transformers' logits `[B, T, V]` of a batch in our names."""
     ids, mask, targets = (batch[name] for name in ("encoder_token_ids", "encoder_padding_mask", "decoder_token_ids"))
-    logits: Tensor = model(input_ids=ids, attention_mask=mask, decoder_input_ids=targets).logits
+    logits: Tensor = model(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=targets).logits
     return logits
 
 
