@@ -92,6 +92,7 @@ def test_flags_exist(page: Path) -> None:
     known = {f"--{name.replace('_', '-')}" for name in {**fields_of(EvaluateSettings), **fields_of(FinetuneSettings)}}
     known |= {"--config", "--help"}
     known |= {"--digest", "--version", "--dtype"}  # of jobs/presets.py
+    known |= {"--documents", "--limit"}  # of tools/builtin_preset/
     known |= {"--working-dir", "--index-url", "--full", "--check"}  # of ray, pip, pytest and ruff
     for line in page.read_text("utf-8").replace("\\\n", " ").splitlines():
         if "python -m " not in line:

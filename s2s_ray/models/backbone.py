@@ -181,15 +181,19 @@ class Backbone(nn.Module, ABC):
         return self.finish_decoder(x)
 
     def _unpadded(self, packing: Packing, source: Tensor, mask: Tensor, target: Tensor) -> Tensor:
-        x = packing.source.pack(self.embed_source(source, mask))
-        for layer, attention in _self_attentions(self.encoder_layers, packing.source, causal=False):
-            x = layer(x, attention)
-        memory = self.finish_encoder(x)
+        memory = self.encode_packed(source, mask, packing.source)
         x = self.embed_target(target, packing.target.positions())
         cross = PackedAttention(packing.target, packing.source)
         for layer, attention in _self_attentions(self.decoder_layers, packing.target, causal=True):
             x = layer(x, memory, cross, attention)
         return self.finish_decoder(x)
+
+    def encode_packed(self, token_ids: Tensor, padding_mask: Tensor, rows: PackedRows) -> Tensor:
+        """As `encode`, to memory `[T, D]` of the real tokens alone; in training, on the weights as they are."""
+        x = rows.pack(self.embed_source(token_ids, padding_mask))
+        for layer, attention in _self_attentions(self.encoder_layers, rows, causal=False):
+            x = layer(x, attention)
+        return self.finish_encoder(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states `[..., D]` to logits `[..., V]`."""

@@ -30,15 +30,15 @@ def integer(config: Mapping[str, Any], key: str, *, most: int = _MAX_DIMENSION) 
 def number(config: Mapping[str, Any], key: str, default: float) -> float:
     """A real number from the config, `default` when the key is missing. Raises PresetError for anything else."""
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise PresetError(f"config.json: {key} must be a number. Received: {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e300 < value < 1e300:
+        raise PresetError(f"config.json: {key} must be a number. Received: {value!r:.200}")
     return float(value)
 
 
 def activation(config: Mapping[str, Any], key: str) -> str:
     """The name in nn/linear.py of the config's activation. Raises UnsupportedModelError for one not known."""
     value = config.get(key, "gelu")
-    if value not in _ACTIVATIONS:
+    if not isinstance(value, str) or value not in _ACTIVATIONS:
         known = ", ".join(sorted(_ACTIVATIONS))
-        raise UnsupportedModelError(f"config.json: {key} must be one of {known}. Received: {value!r}")
+        raise UnsupportedModelError(f"config.json: {key} must be one of {known}. Received: {value!r:.200}")
     return _ACTIVATIONS[value]

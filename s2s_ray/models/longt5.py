@@ -16,6 +16,7 @@ from s2s_ray.models.config import integer, number
 from s2s_ray.models.t5 import T5Backbone
 from s2s_ray.nn.local import LocalAttention, SourceBlocks
 from s2s_ray.nn.norms import RMSNorm
+from s2s_ray.nn.packing import PackedRows
 from s2s_ray.nn.ragged import RaggedRows
 from s2s_ray.seq2seq_lm import Seq2SeqLM
 
@@ -61,6 +62,9 @@ class LongT5Backbone(T5Backbone):
         for layer in self.encoder_layers:
             x = layer(x, blocks)
         return self.finish_encoder(x)
+
+    def encode_packed(self, token_ids: Tensor, padding_mask: Tensor, rows: PackedRows) -> Tensor:
+        return rows.pack(self.encode(token_ids, padding_mask))
 
     def encode_ragged(self, token_ids: Tensor, rows: RaggedRows) -> Tensor:
         return rows.pack(self.encode(token_ids, rows.padding_mask))

@@ -110,7 +110,9 @@ def _read_header(path: Path, weight_map: Mapping[str, str] | None = None) -> dic
         header = strict_json(stream.read(length), f"the header of {path}", PresetIntegrityError)
     if not isinstance(header, dict):
         raise PresetIntegrityError(f"the header of {path} must be an object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise PresetIntegrityError(f"the __metadata__ of {path} must map strings to strings")
     tensors = {name: _tensor(name, value, path, 8 + length) for name, value in header.items()}
     position = 8 + length
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):

@@ -97,6 +97,7 @@ T5_WIDE = T5 | {
     "relative_attention_max_distance": 12,
     "initializer_factor": 1.0,
 }
+LONG_T5 = GATED | {"local_radius": 3, "global_block_size": 4, "initializer_factor": 1.0}
 GOLDENS = {
     "bart": Golden("bart", BART_LIKE, 3.0, {"forced_bos_token_id": 0}),
     "bart-untied": Golden("bart", BART_LIKE | {"tie_word_embeddings": False}, 1.5),
@@ -122,6 +123,8 @@ GOLDENS = {
         adjust=lively,
         rescaled=16**-0.5,
     ),
+    "longt5": Golden("longt5", LONG_T5 | {"encoder_attention_type": "transient-global"}, 3.0, adjust=lively),
+    "longt5-own-head": Golden("longt5", LONG_T5 | {"tie_word_embeddings": False}, 3.0, adjust=lively),
 }
 
 

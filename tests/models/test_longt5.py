@@ -17,22 +17,11 @@ from tests.models.contract import (
     sources,
     teacher_forced,
 )
-from tests.models.test_t5 import SIZES
+from tests.models.test_t5 import SIZES, lively
 
 # Windows of seven tokens and sums of three, so that sources of up to 41 tokens have many of both.
 LONG = SIZES | {"local_radius": 6, "global_block_size": 4}
 GLOBAL = {"encoder_attention_type": "transient-global"}
-
-
-def lively(model: Any) -> None:
-    """As T5's, the bias on the sums too."""
-    with torch.no_grad():
-        model.shared.weight *= 0.1
-        for name, parameter in model.named_parameters():
-            if "attention_bias" in name or name.endswith("Attention.q.weight"):
-                parameter *= 6
-            if parameter.ndim == 1:
-                parameter.normal_(mean=1, std=0.3)
 
 
 @pytest.mark.parametrize(

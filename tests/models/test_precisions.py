@@ -1,5 +1,6 @@
 """bfloat16 and float16 of every family from one fp32 preset: computed as in transformers, saved as the same weights."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
+    LongT5Config,
     M2M100Config,
     MarianConfig,
     MBartConfig,
@@ -33,6 +35,7 @@ from tests.models.contract import (
     teacher_forced,
     vary_norms_and_biases,
 )
+from tests.models.test_longt5 import GLOBAL, LONG
 from tests.models.test_marian import OPUS, SIZES, TWO
 from tests.models.test_t5 import SIZES as T5_SIZES
 from tests.models.test_t5 import T5_1_1, lively, with_own_head
@@ -48,6 +51,7 @@ FAMILIES: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "t5-own-head": (T5Config(**T5_SIZES, **T5_1_1), with_own_head),
     "mt5": (MT5Config(**T5_SIZES), with_own_head),
     "umt5": (UMT5Config(**T5_SIZES), with_own_head),
+    "longt5": (LongT5Config(**LONG, **GLOBAL), lively),
 }
 
 
@@ -83,15 +87,18 @@ def test_half_precision_is_transformers(preset: Callable[[str], Path], tmp_path:
     ours = load(directory, dtype)
     own = {ours.checkpoint_name(name) for name in fp32_names(ours.named_parameters())}
     assert own == fp32_names(theirs.named_parameters())
-    assert bool(own) is (dtype == "float16" and "t5" in family)  # T5's rule: its last products stay in fp32
+    keeps = re.match("u?m?t5", family) is not None  # T5's rule: the last products stay in fp32
+    assert bool(own) is (keeps and dtype == "float16")
     batch = teacher_forced(theirs.config, sources(theirs.config, 6))
     exact, expected = load(directory, "float32")(batch), reference_logits(theirs, batch).float()
     rounding = (expected - exact).abs().mean()
     assert 0 < rounding < 0.1 * exact.std()
-    assert (ours(batch).float() - expected).abs().mean() < 0.6 * rounding
+    # LongT5's scores are rounded there between the steps of its attention, and not here.
+    near, share = (exact, 1.5) if family == "longt5" else (expected, 0.6)
+    assert (ours(batch).float() - near).abs().mean() < share * rounding
     rows = sources(theirs.config, 3)
     our_tokens(Engine(ours), rows, settings_of(theirs.config, max_length=8, num_beams=2))
-    assert (ours(batch).float() - expected).abs().mean() < 0.6 * rounding  # packed by now
+    assert (ours(batch).float() - near).abs().mean() < share * rounding  # packed by now
     save_weights(ours, tmp_path, max_shard_bytes=10_000)
     (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
     same_in_transformers(theirs, tmp_path)

@@ -220,10 +220,11 @@ def main() -> int:
             except EOFError:
                 process.join()
                 wrong.append(f"{preset.name}: the process ended with {process.exitcode}")
+                print(wrong[-1], flush=True)
                 continue
             outcomes.update(counted)
             wrong += found
-    print("\n".join(wrong))
+            print(f"{preset.name}: {dict(counted)}", *found, sep="\n", flush=True)
     print(json.dumps({"cases": arguments.cases, "outcomes": outcomes, "wrong": len(wrong)}))
     return int(bool(wrong))
 

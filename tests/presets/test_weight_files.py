@@ -101,6 +101,8 @@ def entry(**changes: Any) -> dict[str, Any]:
         (entry(data_offsets=[-8, 0]), b"\0" * 8),
         (entry(data_offsets=[0, 8, 16]), b"\0" * 8),
         (entry(extra=1), b"\0" * 8),
+        (entry() | {"__metadata__": None}, b"\0" * 8),
+        (entry() | {"__metadata__": {"format": 1}}, b"\0" * 8),
         (entry() | {"y": entry()["x"]}, b"\0" * 8),
         (
             b'{"x":{"dtype":"F32","shape":[],"data_offsets":[0,4]},"x":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}',

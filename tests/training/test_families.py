@@ -12,6 +12,7 @@ from s2s_ray.training.batches import Batch
 from s2s_ray.training.loss import CrossEntropy
 from s2s_ray.training.step import Forward, Totals
 from tests.models.contract import load_ours, ordinary_tokens, padded, reference_model, sources, vary_norms_and_biases
+from tests.models.test_longt5 import GLOBAL, LONG
 from tests.models.test_t5 import with_own_head
 
 SIZES = {
@@ -37,6 +38,7 @@ FAMILIES = {
     "t5-own-head": transformers.T5Config(**T5_SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "mt5": transformers.MT5Config(**T5_SIZES),
     "umt5": transformers.UMT5Config(**T5_SIZES),
+    "longt5": transformers.LongT5Config(**LONG, **GLOBAL),
 }
 
 
@@ -70,7 +72,7 @@ def test_loss_and_gradients_of_one_step_equal_transformers(family: str, tmp_path
     backbone, batch = load_ours(model, tmp_path), make_batch(config)
     output = model(
         input_ids=batch.inputs["encoder_token_ids"],
-        attention_mask=batch.inputs["encoder_padding_mask"],
+        attention_mask=batch.inputs["encoder_padding_mask"].long(),
         decoder_input_ids=batch.inputs["decoder_token_ids"],
         labels=batch.labels.masked_fill(batch.weights == 0, -100),
     )
