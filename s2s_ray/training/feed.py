@@ -18,6 +18,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch
         for batch in batches:
             yield batch.packed().to(device)
         return
+    index = torch.cuda.current_device() if device.index is None else device.index
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCHED_BATCHES)
     stop = threading.Event()
 
@@ -30,6 +31,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch
 
     def produce() -> None:
         try:
+            torch.cuda.set_device(index)  # a thread begins on the first
             for batch in batches:
                 if not put(batch.packed().pin()):
                     return

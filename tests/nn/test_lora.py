@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 
@@ -46,7 +47,6 @@ def test_only_lora_trains_and_it_starts_where_the_model_was(task: Seq2SeqLM, eng
 def test_peft_reads_what_we_write(
     tiny_bart_dir: Path, task: Seq2SeqLM, english_text: list[str], tmp_path: Path
 ) -> None:
-    peft = pytest.importorskip("peft")
     from transformers import BartForConditionalGeneration
 
     save_adapter(randomised(task).backbone, SETTINGS, tmp_path)
@@ -65,7 +65,6 @@ def test_peft_reads_what_we_write(
 def test_we_read_what_peft_writes(
     tiny_bart_dir: Path, task: Seq2SeqLM, english_text: list[str], tmp_path: Path
 ) -> None:
-    peft = pytest.importorskip("peft")
     from transformers import BartForConditionalGeneration
 
     config = peft.LoraConfig(
