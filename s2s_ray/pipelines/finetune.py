@@ -4,6 +4,7 @@
     OUT/adapter/        with LoRA: its weights alone, as PEFT's files
     OUT/checkpoints/    presets with the trainer's state, see training/checkpoint.py
     OUT/report.json     figures of the finished run; its presence says that the run is finished
+    OUT/report.svg      its curves
     OUT/_s2s/           whose output this is, and the tokenised data
 
 The way of a pair: tokens.py (CPU tasks) -> training/steps.py (which step it belongs to) -> training/loop.py in every
@@ -21,6 +22,7 @@ from typing import Any
 
 from s2s_ray import presets
 from s2s_ray.errors import InfrastructureError, S2SRayError, SettingsError
+from s2s_ray.pipelines import finetune_plot
 from s2s_ray.pipelines import plan as planning
 from s2s_ray.pipelines.cluster import first_line, ray_session
 from s2s_ray.pipelines.finetune_report import FinetuneReport, TrainingProgress, make_report
@@ -32,7 +34,7 @@ from s2s_ray.pipelines.plan import Unit
 from s2s_ray.pipelines.tokens import TokenJob, cut_inputs, read_pairs, routes_of, tokenise
 from s2s_ray.storage import Location, canonical_json, strict_json
 
-REPORT_FILE = "report.json"
+REPORT_FILE, PLOT_FILE = "report.json", "report.svg"
 COLLECTIVE_TIMEOUT_SECONDS = 1800
 Event = dict[str, Any]
 
@@ -65,6 +67,8 @@ def run(settings: FinetuneSettings) -> FinetuneReport:
         ledger.claim(prepared.document)
         with Lease(ledger.work):
             report = _train(prepared)
+            plot = finetune_plot.curves(report["log"], report["evaluations"], settings.best_metric)
+            (output / PLOT_FILE).write_atomic(plot.encode())
             (output / REPORT_FILE).write_atomic(canonical_json(report))
             (ledger.root / "tokens").delete(recursive=True)
     published = _publish(output, settings.publish)
@@ -121,6 +125,7 @@ def _finished(output: Location) -> dict[str, Any] | None:
 
 def _train(prepared: Prepared) -> dict[str, Any]:
     """Tokenise, train and write the preset; returns the report."""
+    prepared = _with_new_tokens(prepared)
     settings = prepared.settings
     job = TokenJob(settings, prepared.preset_digest, prepared.ledger.root / "tokens")
     with ray_session(settings.address):
@@ -140,6 +145,23 @@ def _train(prepared: Prepared) -> dict[str, Any]:
         }
         run_workers(config, settings, prepared.ledger.root / "ray")
     return _write_preset(prepared, data)
+
+
+def _with_new_tokens(prepared: Prepared) -> Prepared:
+    """With --new-tokens, the run's own copy of the preset in place of the one it was given."""
+    from s2s_ray.training import checkpoint as files
+    from s2s_ray.training.vocabulary import write_extended
+
+    settings, target = prepared.settings, prepared.ledger.root / "preset"
+    if not settings.new_tokens:
+        return prepared
+    if not (target / files.MANIFEST_FILE).exists():
+        directory = presets.resolve(settings.preset, expected_digest=prepared.preset_digest).directory
+        files.write_sealed(target, lambda empty: write_extended(directory, settings.new_tokens or (), empty))
+    digest = presets.resolve(target.url).digest
+    return dataclasses.replace(
+        prepared, settings=dataclasses.replace(settings, preset=target.url), preset_digest=digest
+    )
 
 
 def _write_preset(prepared: Prepared, data: dict[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,8 @@ class TrainingProgress:
         left = (self._steps - step) * (time.monotonic() - self._started) / max(1, step - self._first)
         return (
             f"step {step}/{self._steps}  loss {event['loss']:.4f}  lr {event['learning_rate']:.3g}  "
-            f"{event['tokens_per_second']:.0f} tokens/s  padding {event['padding_share']:.1%}  {duration(left)} left"
+            f"{event['tokens_per_second']:.0f} tokens/s  MFU {event['mfu']:.1%}  "
+            f"padding {event['padding_share']:.1%}  {duration(left)} left"
         )
 
 

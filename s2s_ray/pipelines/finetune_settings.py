@@ -23,6 +23,9 @@ class FinetuneSettings:
     )
     output: str = setting(MISSING, "directory to write; a rerun with the same settings resumes", identity=False)
     preset: str = setting(MISSING, "what to start from: built-in name, directory, hf://org/name@revision, store, URL")
+    new_tokens: tuple[str, ...] | None = setting(
+        None, "special tokens to add to the preset before training; one such as '>>gl<<' is a new language", tuple
+    )
     validation_input: tuple[str, ...] | None = setting(
         None, "Parquet pairs to evaluate on at --evaluate-every and at the end", tuple
     )
@@ -76,6 +79,9 @@ class FinetuneSettings:
     seed: int = setting(0, "decides order and dropout, whatever the number of workers", int)
     precision: str = setting(
         "auto", "of the forward pass; weights stay fp32. auto: bf16 on GPUs", choices=("auto", "fp32", "bf16")
+    )
+    compile_layers: bool = setting(
+        False, "compile the layers (torch.compile) before the first step, which takes minutes", bool, identity=False
     )
     recompute_activations: bool = setting(
         False, "keep only the layers' inputs for the backward pass: less memory, more work", bool, identity=False
@@ -141,6 +147,7 @@ class FinetuneSettings:
                 value = getattr(self, name)
                 require(value is None, name, "given with --validation-input", value)
         if self.strategy == "fsdp":
+            require(not self.compile_layers, "compile_layers", "left out with --strategy fsdp", True)
             require(self.optimizer != "adafactor", "optimizer", "adamw, adam or sgd with --strategy fsdp", "adafactor")
 
     def columns(self) -> list[str]:

@@ -126,6 +126,7 @@ def loop_settings(settings: FinetuneSettings, device: "torch.device", mixture: "
         seed=settings.seed,
         precision=automatic if settings.precision == "auto" else by_name.precision,
         strategy=by_name.strategy,
+        compile_layers=settings.compile_layers,
         recompute_activations=settings.recompute_activations,
         average_decay=settings.average_decay,
         log_every=settings.log_every,

@@ -57,6 +57,12 @@ _ISO = {two: three.split(",") for two, three in (line.split() for line in re.spl
 _ISO_REVERSE = {three: two for two, threes in _ISO.items() for three in threes}
 
 
+def language_code(token: str) -> str | None:
+    """The code that a token in some family's form for languages stands for; None for other tokens."""
+    found = (re.fullmatch(pattern, token) for _, pattern in _TOKENS)
+    return next((match[1] for match in found if match), None)
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """How texts of one pair of languages are written for a model.

@@ -15,6 +15,8 @@ from torch import Tensor
 from s2s_ray.errors import InputError, SettingsError
 from s2s_ray.nn.packing import PackedRows, Packing
 
+_STRIP_TOKENS = 8  # sources that differ by less are sorted by their targets
+
 
 @dataclass(slots=True)
 class Batch:
@@ -270,11 +272,11 @@ class Mixture:
 class BatchPlan:
     """Which rows make up each batch of each epoch; a function of (seed, epoch) and the lengths alone.
 
-    With `batch_tokens`, rows are shuffled, sorted by length within windows of about `window_batches` batches, and cut
-    so that no batch exceeds `batch_tokens` padded tokens (source and target together); the batches of a window are
-    shuffled again. Without it, batches have `batch_size` rows in shuffled order (in order with `shuffle=False`), as
-    Keras. A row longer than `batch_tokens` is a batch of its own. `state_dict` and `load_state_dict` keep the place
-    in an epoch.
+    With `batch_tokens`, rows are shuffled, sorted within windows of about `window_batches` batches (by source to within
+    a few tokens, then by target), and cut so that no batch exceeds `batch_tokens` padded tokens (source and target
+    together); the batches of a window are shuffled again. Without it, batches have `batch_size` rows in shuffled order
+    (in order with `shuffle=False`), as Keras. A row longer than `batch_tokens` is a batch of its own. `state_dict` and
+    `load_state_dict` keep the place in an epoch.
     """
 
     sources: NDArray[np.int64]
@@ -284,7 +286,7 @@ class BatchPlan:
     shuffle: bool = True
     seed: int = 0
     multiple: int = 1
-    window_batches: int = 50
+    window_batches: int = 200
     epoch: int = 0
     position: int = 0
     mixture: Mixture | None = None
@@ -313,7 +315,9 @@ class BatchPlan:
 
     def _cut(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         assert self.batch_tokens is not None
-        rows = rows[np.lexsort((self.targets[rows], self.sources[rows]))]
+        strips, targets = self.sources[rows] // _STRIP_TOKENS, self.targets[rows]
+        # Up and down in turn, so that targets are alike on both sides of where one strip meets the next.
+        rows = rows[np.lexsort((np.where(strips % 2, -targets, targets), strips))]
         cut, start, longest_s, longest_t = [], 0, 0, 0
         for index, (s, t) in enumerate(
             zip(self._round(self.sources[rows]), self._round(self.targets[rows]), strict=True)

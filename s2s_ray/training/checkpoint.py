@@ -76,7 +76,7 @@ class Checkpoints:
         return [int(name) for name in names if name.isdecimal()]
 
 
-def write_sealed(target: Location, fill: Callable[[Path], None]) -> None:
+def write_sealed(target: Location, fill: Callable[[Path], object]) -> None:
     """Write a preset directory with its manifest, complete or not at all; `fill` gets an empty local directory."""
     if target.is_local:
         with new_preset(Path(target.path)) as directory:

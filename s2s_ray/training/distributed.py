@@ -93,10 +93,10 @@ def recompute_activations(backbone: Backbone) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def compile_layers(backbone: Backbone) -> None:
+def compile_layers(backbone: Backbone, backend: str = "inductor") -> None:
     """Compile each layer, one program for all encoder layers and one for all decoder layers, whatever the shapes."""
     for layer in (*backbone.encoder_layers, *backbone.decoder_layers):
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, fullgraph=True, backend=backend)
 
 
 def freeze_unreached(backbone: Backbone, pad: int) -> list[str]:

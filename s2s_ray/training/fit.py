@@ -94,7 +94,6 @@ def fit(
         batch_tokens=batch_tokens,
         shuffle=shuffle,
         seed=seed,
-        multiple=8 if device.type == "cuda" else 1,  # matrix units want widths that are multiples of 8
         max_source_length=max_source_length,
         max_target_length=max_target_length,
     )

@@ -46,7 +46,6 @@ class DataSettings:
     batch_tokens: int | None = None
     shuffle: bool = True
     seed: int = 0
-    multiple: int = 1
     max_source_length: int | None = None
     max_target_length: int | None = None
 
@@ -76,7 +75,7 @@ class InMemory:
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         for rows in self._plan(epoch):
-            yield self.examples.collate(rows, self.settings.multiple)
+            yield self.examples.collate(rows)
 
     def steps(self, epoch: int) -> int | None:
         return len(self._plan(epoch))
@@ -91,7 +90,7 @@ class InMemory:
         if epoch not in self._planned:
             s = self.settings
             lengths = self.examples.sources.lengths, self.examples.labels.lengths
-            plan = BatchPlan(*lengths, s.batch_size, s.batch_tokens, s.shuffle, s.seed, s.multiple, epoch=epoch)
+            plan = BatchPlan(*lengths, s.batch_size, s.batch_tokens, s.shuffle, s.seed, epoch=epoch)
             self._planned = {epoch: plan.batches()}
         return self._planned[epoch]
 
@@ -164,7 +163,7 @@ class Stream:
                 f"an item of the data must be a batch of text or (x, y, sample_weight). Received: {type(item)}"
             )
         examples = self.encode(texts)
-        return examples.collate(range(len(examples)), self.settings.multiple)
+        return examples.collate(range(len(examples)))
 
 
 def open_data(

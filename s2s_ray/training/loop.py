@@ -23,11 +23,13 @@ from s2s_ray.nn.lora import lora_layers, merge_lora
 from s2s_ray.seq2seq_lm import Seq2SeqLM
 from s2s_ray.text.tokenizer import read_json_object
 from s2s_ray.training import checkpoint as files
+from s2s_ray.training.arithmetic import Arithmetic, matrix_rate
 from s2s_ray.training.batches import BatchPlan, Examples, Mixture
 from s2s_ray.training.checkpoint import Checkpoints, Writer
 from s2s_ray.training.distributed import (
     Strategy,
     World,
+    compile_layers,
     distribute,
     freeze_unreached,
     full,
@@ -41,7 +43,7 @@ from s2s_ray.training.feed import on_device
 from s2s_ray.training.loss import CrossEntropy
 from s2s_ray.training.optimizers import OptimizerSettings, build_optimizer, set_step
 from s2s_ray.training.step import Precision, Totals, TrainStep
-from s2s_ray.training.steps import StepPlan, worker_batches
+from s2s_ray.training.steps import Rows, StepPlan, worker_batches
 
 KEPT_CHECKPOINTS = 2  # the newest, beside the best: one more than needed, should the newest be damaged
 
@@ -64,6 +66,7 @@ class LoopSettings:
     seed: int = 0
     precision: Precision = "fp32"
     strategy: Strategy = "ddp"
+    compile_layers: bool = False
     recompute_activations: bool = False
     average_decay: float | None = None
     log_every: int = 50
@@ -94,13 +97,11 @@ class Loop:
         self.settings, self.world, self.checkpoints = settings, world, checkpoints
         self.examples, self.validation = examples, validation
         self.emit = emit if world.rank == 0 else lambda event: None
-        multiple = 8 if world.device.type == "cuda" else 1  # matrix units want widths that are multiples of 8
         plan = BatchPlan(
             examples.sources.lengths,
             examples.labels.lengths,
             batch_tokens=settings.micro_batch_tokens,
             seed=settings.seed,
-            multiple=multiple,
             mixture=settings.mixture,
         )
         micro_batches = max(1, settings.batch_tokens // settings.micro_batch_tokens)
@@ -109,6 +110,7 @@ class Loop:
         self.log: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
         self.start = 0
+        self._operations = 0.0
         self._prepare(make_task)
 
     def run(self) -> None:
@@ -118,11 +120,14 @@ class Loop:
         if not self._is_over(self.start):
             batches = worker_batches(self.examples, copy.copy(self.steps), self.start, self.world.rank, self.world.size)
             with contextlib.closing(on_device(batches, self.world.device)) as stream:
+                rate = matrix_rate(self.world.device, self.settings.precision) if self.world.rank == 0 else 1.0
+                self._peak = rate * self.world.size
                 self._totals, self._since = Totals(), time.monotonic()
                 for step in range(self.start, self.steps.total_steps):
                     share = -(-len(self.steps.rows(step)) // self.world.size)
                     rate = self.step.learning_rate
                     self.step(list(islice(stream, share)), self._totals, self.steps.target_tokens(step))
+                    self._operations += sum(map(self._operations_of, self.steps.rows(step)))
                     self._follow(step + 1)
                     self._record(step + 1, rate)
                     if self._is_over(step + 1):
@@ -145,11 +150,14 @@ class Loop:
                 self.replica.backbone.to(self.world.device)
         self.backbone.train()
         freeze_unreached(self.backbone, self.examples.pad)
+        self.arithmetic = Arithmetic.of(self.backbone)
         saved = self._find_checkpoint()
         if saved is not None:
             self._load_weights(saved)
         if settings.recompute_activations:
             recompute_activations(self.backbone)
+        if settings.compile_layers:
+            compile_layers(self.backbone)
         model = distribute(self.backbone, self.world, settings.strategy)
         optimizer, scheduler = build_optimizer(settings.optimizer, self.backbone, self.steps.total_steps)
         self.trainable = {name: p for name, p in self.backbone.named_parameters() if p.requires_grad}
@@ -215,6 +223,9 @@ class Loop:
         if saves:
             self._save(step, self.validation is not None and (last or evaluates))
 
+    def _operations_of(self, rows: Rows) -> float:
+        return self.arithmetic.operations(self.examples.sources.lengths[rows], self.examples.labels.lengths[rows])
+
     def _log(self, step: int, rate: float) -> None:
         totals, local = self._totals, self._totals.sums["loss"]
         sums = (float(local), totals.divisor, totals.real_tokens, totals.padded_tokens)
@@ -223,6 +234,8 @@ class Loop:
         self.step.check_finite(entry)
         seconds = time.monotonic() - self._since
         entry |= {"tokens_per_second": real / seconds, "epoch": self.steps.epoch_of(step - 1)}
+        entry["mfu"] = self._operations / seconds / self._peak
+        self._operations = 0.0
         self.log.append(entry)
         self.emit({"kind": "log", **entry})
         self._totals, self._since = Totals(), time.monotonic()

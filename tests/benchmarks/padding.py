@@ -18,12 +18,9 @@ from s2s_ray.training.batches import BatchPlan
 from s2s_ray.training.inputs import DataSettings, InMemory, open_data
 
 
-def padding_share(sources: np.ndarray, targets: np.ndarray, batches: list[np.ndarray], multiple: int) -> float:
+def padding_share(sources: np.ndarray, targets: np.ndarray, batches: list[np.ndarray]) -> float:
     """Of all tokens, source and target together, when every batch's sides are as wide as their longest row."""
-    padded = 0
-    for rows in batches:
-        widths = (-(-int(side[rows].max()) // multiple) * multiple for side in (sources, targets))
-        padded += len(rows) * sum(widths)
+    padded = sum(len(rows) * (int(sources[rows].max()) + int(targets[rows].max())) for rows in batches)
     return 1 - float(sources.sum() + targets.sum()) / padded
 
 
@@ -34,7 +31,6 @@ def main() -> None:
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--summary-column", default="summary")
     parser.add_argument("--batch-tokens", type=int, nargs="+", default=[4_096, 16_384, 32_768])
-    parser.add_argument("--multiple", type=int, default=1, help="widths are rounded up to it: 1 on a CPU, 8 on a GPU")
     args = parser.parse_args()
     settings = DataSettings(text_column=args.text_column, summary_column=args.summary_column)
     data = open_data(args.input, None, None, Seq2SeqLM.from_preset(args.preset).preprocessor, settings)
@@ -46,11 +42,11 @@ def main() -> None:
         "source_mean": sources.mean(),
         "source_max": int(sources.max()),
         "target_mean": targets.mean(),
-        "random_batches_of_32": padding_share(sources, targets, shuffled, 1),
+        "random_batches_of_32": padding_share(sources, targets, shuffled),
     }
     for tokens in args.batch_tokens:
-        plan = BatchPlan(sources, targets, batch_tokens=tokens, multiple=args.multiple)
-        result[f"batch_tokens_{tokens}"] = padding_share(sources, targets, plan.batches(), args.multiple)
+        batches = BatchPlan(sources, targets, batch_tokens=tokens).batches()
+        result[f"batch_tokens_{tokens}"] = padding_share(sources, targets, batches)
     print(json.dumps(result))
 
 

@@ -31,6 +31,7 @@ import torch
 
 from s2s_ray.models.bart import BartBackbone
 from s2s_ray.models.loading import initialise
+from s2s_ray.training.arithmetic import matrix_rate
 from s2s_ray.training.batches import BatchPlan, Examples, Ragged
 from s2s_ray.training.distributed import World, compile_layers, distribute
 from s2s_ray.training.feed import on_device
@@ -106,7 +107,7 @@ def ours(
     optimizer, _ = build_optimizer(settings, backbone, None)
     precision: Any = "bf16" if device.type == "cuda" else "fp32"
     step = TrainStep(model, optimizer, clip_norm=1.0, precision=precision, world_size=world.size)
-    plan = BatchPlan(rows.sources.lengths, rows.labels.lengths, batch_tokens=tokens, multiple=8)
+    plan = BatchPlan(rows.sources.lengths, rows.labels.lengths, batch_tokens=tokens)
     steps = StepPlan(plan, world.size, epochs=None, max_steps=1_000)
     batches = worker_batches(rows, copy.copy(steps), 0, world.rank, world.size)
     done = 0
@@ -165,20 +166,6 @@ def theirs(args: argparse.Namespace, rows: Examples, model: Any, size: int) -> I
         return real, padded, flops
 
     yield run
-
-
-def matrix_rate(device: str) -> float:
-    """Operations a second of a large matrix product: bf16 on a GPU, fp32 on a CPU."""
-    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(10):
-        started = time.perf_counter()
-        a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / statistics.median(seconds)
 
 
 def timed(run: Run, args: argparse.Namespace) -> list[tuple[float, int, int, float]]:
@@ -250,7 +237,7 @@ def make_peer(args: argparse.Namespace) -> Any:
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Everyone in turn, the largest batches first: they are what the figures are about."""
     started = time.perf_counter()
-    args.matrix_rate = matrix_rate(args.device)
+    args.matrix_rate = matrix_rate(torch.device(args.device), "bf16" if args.device == "cuda" else "fp32")
     print(f"matrix product: {args.matrix_rate / 1e12:.1f} TFLOP/s\n{'':<34}  tokens/s     MFU  padding  ms/step    GiB")
     rows = make_rows(args)
     peer = make_peer(args) if args.peer_rows else None

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.benchmarks.train import make_rows, matrix_rate, measure, ours, show
+from s2s_ray.training.arithmetic import matrix_rate
+from tests.benchmarks.train import make_rows, measure, ours, show
 
 
 def scaling(args: argparse.Namespace) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def worker(rank: int, size: int, args: argparse.Namespace, directory: str) -> No
     device = torch.device("cuda", rank) if args.device == "cuda" else None
     dist.init_process_group(backend, init_method=store, rank=rank, world_size=size, device_id=device)
     args.gpus = size
-    args.matrix_rate = matrix_rate(args.device)
+    args.matrix_rate = matrix_rate(torch.device(args.device), "bf16" if args.device == "cuda" else "fp32")
     tokens = (args.compiled_tokens or args.batch_tokens)[0]
     opened = ours(args, make_rows(args), None, tokens, compiled=bool(args.compiled_tokens))
     result = measure(f"s2s_ray, {tokens} tokens, {size} workers", opened, args)

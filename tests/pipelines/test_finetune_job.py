@@ -16,12 +16,13 @@ import torch
 
 from s2s_ray import Seq2SeqLM
 from s2s_ray.errors import ErrorRateExceededError, FingerprintError, InputError
-from s2s_ray.pipelines import finetune, generate
+from s2s_ray.pipelines import evaluate, finetune
+from s2s_ray.pipelines.evaluate import EvaluateSettings
 from s2s_ray.pipelines.finetune import run
 from s2s_ray.pipelines.finetune_report import TrainingProgress
 from s2s_ray.pipelines.finetune_settings import FinetuneSettings
-from s2s_ray.pipelines.settings import GenerateSettings
 from s2s_ray.training.distributed import World
+from s2s_ray.training.vocabulary import extend_vocabulary
 
 ROWS, STEPS = 60, 24
 
@@ -81,7 +82,7 @@ class KillingProgress(TrainingProgress):
             os.kill(self.pids[0], signal.SIGKILL)
 
 
-def test_train_kill_publish_generate(
+def test_train_kill_publish_generate_evaluate(
     settings: FinetuneSettings,
     data: Path,
     tiny_bart_dir: Path,
@@ -91,16 +92,21 @@ def test_train_kill_publish_generate(
 ) -> None:
     output = Path(settings.output)
     monkeypatch.setattr(finetune, "TrainingProgress", KillingProgress)
+    settings = dataclasses.replace(settings, new_tokens=("<new>",))
     report = run(settings)
     assert len(set(KillingProgress.pids)) == 2
     assert (report.steps, report.pairs, report.skipped) == (STEPS, 49, {"NULL_TEXT": 1})
     saved = json.loads((output / "report.json").read_text())
+    assert all(0 < entry["mfu"] < 1 for entry in saved["log"])
+    assert (output / "report.svg").read_text().count("<polyline") == 2
 
+    start = tmp_path / "extended"
+    extend_vocabulary(tiny_bart_dir, ["<new>"], start)
     spec = {
-        "preset": str(tiny_bart_dir),
+        "preset": str(start),
         "checkpoints": str(tmp_path / "reference"),
-        "rows": pairs_of(data / "train.parquet", tiny_bart_dir),
-        "validation": {"examples": pairs_of(data / "valid.parquet", tiny_bart_dir)},
+        "rows": pairs_of(data / "train.parquet", start),
+        "validation": {"examples": pairs_of(data / "valid.parquet", start)},
         "settings": {
             "optimizer": {
                 "name": "adamw", "learning_rate": 1e-3, "schedule": "linear", "weight_decay": 0.01, "clip_norm": 1.0
@@ -123,16 +129,22 @@ def test_train_kill_publish_generate(
     with pytest.raises(FingerprintError, match=r"learning_rate was 0\.001, now 0\.002"):
         run(dataclasses.replace(settings, learning_rate=0.002))
 
-    answers = generate.run(
-        GenerateSettings(
+    evaluation = evaluate.run(
+        EvaluateSettings(
             input=(str(data / "valid.parquet"),),
-            output=str(tmp_path / "answers"),
+            output=str(tmp_path / "evaluation"),
             preset=report.published,
             summary_column="answer",
+            reference_column="summary",
+            metrics=("rougeL", "bleu"),
             max_target_length=8,
         )
     )
-    assert (answers.rows, answers.error_rows) == (ROWS - 50, 0)
+    assert (evaluation.answers.rows, evaluation.answers.error_rows) == (ROWS - 50, 0)
+    assert evaluation.figures["rows"] == ROWS - 50 and set(evaluation.figures["scores"]) == {"rougeL", "bleu"}
+    assert Seq2SeqLM.from_preset(report.published).preprocessor.encode_sources(["<new>"])[0][0][1:-1] == [
+        Seq2SeqLM.from_preset(tiny_bart_dir).backbone.vocabulary_size
+    ]
 
 
 def test_unusable_data_is_refused_before_training(

@@ -39,16 +39,18 @@ def test_batches_follow_seed_and_epoch():
         assert not np.array_equal(first[0], other.batches()[0])
 
 
-def test_sorting_saves_padding():
+def test_sorting_saves_padding_of_both_sides():
     generator = np.random.default_rng(0)
-    rows = [(int(n), 5) for n in generator.lognormal(3, 0.8, 2000).clip(1, 400)]
+    drawn = (generator.lognormal(mean, 0.6, 20_000).clip(1, most) for mean, most in ((4.2, 512), (2.4, 64)))
+    sources, targets = (side.astype(np.int64) for side in drawn)
 
-    def padded(batches) -> int:
-        return sum(len(b) * max(rows[i][0] for i in b) for b in batches)
+    def share(**options) -> float:
+        batches = BatchPlan(sources, targets, **options).batches()
+        padded = sum(len(b) * (int(sources[b].max()) + int(targets[b].max())) for b in batches)
+        return 1 - float(sources.sum() + targets.sum()) / padded
 
-    real = sum(s for s, _ in rows)
-    assert padded(plan_of(rows, batch_tokens=2048).batches()) < 1.15 * real
-    assert padded(plan_of(rows, batch_size=50).batches()) > 2 * real
+    assert share(batch_tokens=4096) < 0.1
+    assert share(batch_size=50) > 0.5
 
 
 def test_an_interrupted_epoch_goes_on_where_it_stopped():

@@ -10,6 +10,7 @@ from transformers import BartForConditionalGeneration
 from s2s_ray import Seq2SeqLM
 from s2s_ray.errors import SettingsError
 from s2s_ray.training.batches import Batch, Examples, Ragged
+from s2s_ray.training.distributed import compile_layers
 from s2s_ray.training.loss import CrossEntropy
 from s2s_ray.training.step import NonFiniteLossError, Totals, TrainStep
 
@@ -64,6 +65,23 @@ def test_rows_without_padding_have_the_loss_and_gradients_of_padded_ones(tiny_ba
     for name, weight in weights.items():
         tolerance = {"atol": 2e-6, "rtol": 1e-5} if exact else {"atol": 2e-2, "rtol": 0.1}
         torch.testing.assert_close(moved[name], weight, **tolerance, msg=name)
+
+
+def test_compiled_layers_are_one_program_for_all_shapes(tiny_bart_dir, examples):
+    def losses(compiled: bool) -> list[float]:
+        task = Seq2SeqLM.from_preset(tiny_bart_dir)
+        if compiled:  # as the code generator is given it, without running the generator
+            compile_layers(task.backbone, backend="eager")
+        step = sgd_step(task)
+        totals = [Totals() for _ in range(4)]
+        for number, each in enumerate(totals):
+            step([examples.collate(range(5 * number, 7 * number + 5), 8).packed()], each)
+        return [each.results()["loss"] for each in totals]
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert losses(compiled=True) == pytest.approx(losses(compiled=False), rel=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def test_what_is_packed_follows_masks_and_weights(examples):

@@ -31,3 +31,14 @@ def test_new_tokens_leave_the_rest_as_it_was(tiny_bart_dir: Path, tmp_path: Path
     with pytest.raises(SettingsError, match="<de>"):
         extend_vocabulary(tmp_path / "grown", ["<de>"], tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_a_token_in_the_form_of_a_language_is_one(tiny_bart_dir: Path, tmp_path: Path) -> None:
+    extend_vocabulary(tiny_bart_dir, [">>gl<<", ">>de<<", "<new>"], tmp_path / "two")
+    first = Seq2SeqLM.from_preset(tmp_path / "two").preprocessor
+    assert set(first.languages.tokens) == {"gl", "de"}
+    first.save(tmp_path / "two")  # now the file lists them
+    (tmp_path / "two" / "manifest.json").unlink()
+    extend_vocabulary(tmp_path / "two", [">>fr<<"], tmp_path / "three")
+    languages = Seq2SeqLM.from_preset(tmp_path / "three").preprocessor.languages
+    assert dict(languages.tokens) == {"gl": ">>gl<<", "de": ">>de<<", "fr": ">>fr<<"}
