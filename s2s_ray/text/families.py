@@ -277,8 +277,9 @@ def _backend(
     listed = names.get("added_tokens_decoder")
     for key, value in listed.items() if isinstance(listed, Mapping) else ():
         token = token_name(value)
-        if token and token not in vocabulary and str(key).isdecimal() and int(key) not in vocabulary.values():
-            added[token] = int(key)
+        number = int(key) if re.fullmatch("[0-9]{1,9}", str(key)) else None
+        if token and token not in vocabulary and number is not None and number not in vocabulary.values():
+            added[token] = number
     return SentencePieceBackend(
         model,
         vocabulary | added,
