@@ -120,7 +120,9 @@ class Cohort:
         return self._attend(query, keys[:, :end], values[:, :end], bias)
 
     def attend_cross(self, layer: int, query: Tensor) -> Tensor:
-        """query `[R x W, D]` to its attention output over the row's source, `[R x W, D]`."""
+        """query `[R x W, D]` to its attention output over the row's source, `[R x W, D]`. Where the compiled attention
+        runs (`native`) there is no mask for this one: go through DecoderCache.
+        """
         return self._attend(query, *self.cross[layer], self.cross_bias)
 
     def self_part(self, layer: int) -> cpu.Part:

@@ -262,11 +262,11 @@ CHANGED: dict[str, Any] = {
     "segment": "sentence", "max_source_length": 7, "max_target_length": 7, "min_length": 3, "num_beams": 3,
     "sampler": "top_k", "temperature": 0.5, "top_k": 3, "top_p": 0.5, "length_penalty": 2.0,
     "no_repeat_ngram_size": 2, "repetition_penalty": 1.5, "seed": 1, "dtype": "bfloat16", "on_long": "error",
-    "skip_bad_files": True, "rows_per_unit": 9,
+    "skip_bad_files": True, "rows_per_unit": 9, "quantization": "int8", "penalty_alpha": 0.5,
 }  # fmt: skip
 NEEDS: dict[str, dict[str, Any]] = {
     "temperature": {"sampler": "random"}, "top_k": {"sampler": "top_k"}, "top_p": {"sampler": "top_p"},
-    "length_penalty": {"num_beams": 3},
+    "length_penalty": {"num_beams": 3}, "penalty_alpha": {"sampler": "contrastive"},
 }  # fmt: skip
 
 

@@ -126,9 +126,9 @@ def test_a_rows_forced_tokens_go_into_its_request() -> None:
     settings = GenerationSettings(eos_token_id=2)
     line: dict[str, Any] = {"row": 7, "segment": 0, "token_ids": [5]}
     own = {"forced_bos_token_id": None, "decoder_start_token_id": None}
-    assert _request(line | own, settings) == (7, [5], settings)
+    assert _request(line | own, [5], settings) == (7, [5], settings)
     routed = {"forced_bos_token_id": 9, "decoder_start_token_id": None}
-    row_id, _, changed = _request(line | routed | {"segment": 3}, settings)
+    row_id, _, changed = _request(line | routed | {"segment": 3}, [5], settings)
     assert changed == settings.replace(forced_bos_token_id=9)
     assert row_id == 7 + 3 * 2**MAX_ROW_BITS
 
