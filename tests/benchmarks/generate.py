@@ -29,6 +29,7 @@ import torch
 from s2s_ray.models.loading import DTYPES
 from tests.benchmarks import floor
 from tests.benchmarks.peers import PEERS, Contestant, MissingPeerError, Outputs, Task, ours
+from tests.benchmarks.profile import print_profile
 from tests.benchmarks.workload import SHAPES, WORKLOADS, Workload, make_model, make_rows
 
 WARM_UP_ROWS = 4
@@ -46,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         task = Task(Path(folder), rows, args)
         chosen, sweep, missing = _sweep(task)
         times, outputs = _measure(chosen, args.repeats)
+        if args.profile:
+            with chosen[0].enter() as run:
+                run(WARM_UP_ROWS)
+                print_profile(lambda: run(None), args.device)
     _report(args, rows, times, outputs, {"sweep": sweep, "missing": missing})
 
 
@@ -67,6 +72,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--quantization", choices=("int8",), help="ours, and CTranslate2's compute type")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--profile", action="store_true", help="at the end, where the time of one run of ours goes")
     ours_ = parser.add_argument_group("our settings")
     ours_.add_argument("--slots", type=int)
     ours_.add_argument("--batch-tokens", type=int)
