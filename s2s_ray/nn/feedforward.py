@@ -1,10 +1,13 @@
 """The position-wise feed-forward block."""
 
 import functools
+from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from s2s_ray import kernels
 from s2s_ray.nn.linear import ACTIVATIONS, Projection, pack_linear
 
 
@@ -45,15 +48,24 @@ class FeedForward(nn.Module):
     def pack(self, quantization: str | None = None) -> None:
         """Pack the products for generation, the activation fused into the first."""
         pack = functools.partial(pack_linear, quantization=quantization)
-        if self.gate is None:
-            packed = pack(self.up, activation=self.activation)
-        else:
+        self._packed = (
+            (self._pack_gated(pack) if self.gate else pack(self.up, activation=self.activation)),
+            pack(self.down),
+        )
+
+    def _pack_gated(self, pack: Callable[..., Projection]) -> Projection:
+        assert self.gate is not None
+        kernel = kernels.load("activations", self.up.weight.device)
+        if kernel is None:
             gate, up = pack(self.gate, activation=self.activation), pack(self.up)
+            return lambda x: gate(x) * up(x)
+        joint = pack(self.gate, self.up)
 
-            def packed(x: Tensor) -> Tensor:
-                return gate(x) * up(x)
+        def run(x: Tensor) -> Tensor:
+            with torch.cuda.device(x.device):
+                return kernel.gated(joint(x).flatten(0, -2), self.activation).unflatten(0, x.shape[:-1])
 
-        self._packed = (packed, pack(self.down))
+        return run
 
     def unpack(self) -> None:
         """Forget the packed weights."""

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2s_ray.nn.attention import Attention
 from s2s_ray.nn.feedforward import FeedForward
-from s2s_ray.nn.norms import RMSNorm, add_norm
+from s2s_ray.nn.norms import RMSNorm, add_norm, clamp_overflow
 from s2s_ray.nn.packing import PackedAttention
 from s2s_ray.nn.positions import RelativeBias
 from s2s_ray.nn.ragged import RaggedRows
@@ -81,15 +80,7 @@ class _Layer(nn.Module):
     def _residual(self, x: Tensor, norm: nn.Module, block: Callable[[Tensor], Tensor]) -> Tensor:
         if self.pre_norm:
             return clamp_overflow(x + F.dropout(block(norm(x)), self.dropout, self.training))
-        return clamp_overflow(add_norm(x, F.dropout(block(x), self.dropout, self.training), norm))
-
-
-def clamp_overflow(x: Tensor) -> Tensor:
-    """Bring fp16 infinities back into range, as transformers does after T5's blocks and BART's encoder layers."""
-    if x.dtype != torch.float16:
-        return x
-    limit = torch.finfo(x.dtype).max - 1000
-    return x.clamp(-limit, limit)
+        return add_norm(x, F.dropout(block(x), self.dropout, self.training), norm)
 
 
 class EncoderLayer(_Layer):

@@ -12,7 +12,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 pytest.importorskip("triton")
 
-from s2s_ray.kernels import attention, norms, reference, selection
+from s2s_ray.kernels import activations, attention, norms, reference, selection
+from s2s_ray.nn.linear import ACTIVATIONS
+from s2s_ray.nn.norms import RMSNorm
 from s2s_ray.nn.ragged import RaggedRows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -130,6 +132,36 @@ def test_addition_and_norm(dtype: torch.dtype) -> None:
     norm.bias.uniform_()
     x, y = normal(7, 100, dtype=dtype), normal(7, 100, dtype=dtype)
     close(norms.add_norm(x, y, norm), norm(x + y), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_root_mean_square_norm(dtype: torch.dtype) -> None:
+    norm = RMSNorm(100, 1e-6).to(DEVICE, dtype)
+    norm.weight.data.uniform_()
+    x = normal(7, 100, dtype=dtype)
+    close(
+        norms.rms_norm(x, norm.weight.data, norm.eps), norm(x).detach(), dtype
+    )  # a gradient is asked for: plain torch
+
+
+def test_an_overflow_is_brought_back_and_a_nan_stays() -> None:
+    norm = torch.nn.LayerNorm(100, device=DEVICE, dtype=torch.float16)
+    norm.bias.data[:3] = torch.tensor([float("inf"), float("-inf"), float("nan")])
+    x = normal(7, 100, dtype=torch.float16)
+    found = norms.add_norm(x, x, norm)[:, :3]
+    limit = torch.finfo(torch.float16).max - 1000
+    assert torch.equal(found[:, :2], torch.tensor([limit, -limit], device=DEVICE).half().expand(7, 2))
+    assert found[:, 2].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_activation(activation: str, dtype: torch.dtype) -> None:
+    gate, up = normal(5, 1_100, dtype=dtype), normal(5, 1_100, dtype=dtype)
+    expected = ACTIVATIONS[activation](gate) * up
+    torch.testing.assert_close(
+        activations.gated(torch.cat((gate, up), dim=1), activation), expected, rtol=TOLERANCE[dtype], atol=1e-5
+    )
 
 
 def test_rows_are_scattered() -> None:
