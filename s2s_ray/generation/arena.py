@@ -14,7 +14,7 @@ from torch import Tensor
 
 from s2s_ray.models.backbone import Backbone
 from s2s_ray.nn.layers import DecoderLayer
-from s2s_ray.nn.ragged import attention_kernels, to_device
+from s2s_ray.nn.ragged import all_to_device, attention_kernels
 
 PAGE = 32  # source tokens
 
@@ -52,8 +52,10 @@ class Arena:
         if width > 1:
             self._ancestry = torch.zeros(rows, width, positions, dtype=torch.int8, device=device)
         self._tables = backbone.position_tables()
-        self._free = list(range(num_pages))
-        self._held: dict[int, list[int]] = {}
+        self._free = np.arange(num_pages, dtype=np.int32)  # the first `_num_free` of them
+        self._num_free = num_pages
+        self._held = np.zeros((rows, self.max_row_pages), np.int32)
+        self._counts = np.zeros(rows, np.int64)
 
     @staticmethod
     def bytes_per_position(backbone: Backbone) -> int:
@@ -64,24 +66,32 @@ class Arena:
 
     def place(self, rows: Sequence[int], lengths: Sequence[int], memory: Tensor) -> None:
         """Give the rows their sources: memory `[sum of lengths, D]`, one row after another."""
+        tokens = np.asarray(lengths, np.int32)
+        counts = -(-tokens // PAGE)
         pages = np.zeros((len(rows), self.max_row_pages), np.int32)
-        for own, row, length in zip(pages, rows, lengths, strict=True):
-            count = -(-length // PAGE)
-            own[:count] = self._held[row] = self._free[-count:]
-            del self._free[-count:]
-        place = np.arange(pages.shape[1] * PAGE)
-        slots = (pages[:, place // PAGE].astype(np.int64) * PAGE + place % PAGE)[place < np.array(lengths)[:, None]]
-        index = to_device(torch.tensor(rows), self._device)
-        self._pages.index_copy_(0, index, to_device(torch.from_numpy(pages), self._device))
-        self._lengths.index_copy_(0, index, to_device(torch.tensor(lengths, dtype=torch.int32), self._device))
-        self.ages.index_fill_(0, index, 0)
-        target = to_device(torch.from_numpy(slots), self._device)
+        self._num_free -= int(counts.sum())
+        pages[_first(counts, pages.shape[1])] = self._free[self._num_free : self._num_free + counts.sum()]
+        self._held[rows], self._counts[rows] = pages, counts
+        place = np.arange(tokens.max())
+        slots = pages[:, place // PAGE].astype(np.int64) * PAGE + place % PAGE
+        tables = {
+            "rows": np.asarray(rows),
+            "slots": slots[_first(tokens, len(place))],
+            "lengths": tokens,
+            "pages": pages,
+        }
+        sent = all_to_device({name: torch.from_numpy(table) for name, table in tables.items()}, self._device)
+        self._pages.index_copy_(0, sent["rows"], sent["pages"])
+        self._lengths.index_copy_(0, sent["rows"], sent["lengths"])
+        self.ages.index_fill_(0, sent["rows"], 0)
         for layer, (_, attention) in zip(self._cross, self._attentions, strict=True):
-            self._kernels.scatter(_side_by_side(*attention.project_memory(memory)), target, layer)
+            self._kernels.scatter(_side_by_side(*attention.project_memory(memory)), sent["slots"], layer)
 
-    def release(self, row: int) -> None:
-        """Take back a row's pages."""
-        self._free += self._held.pop(row)
+    def release(self, rows: Sequence[int]) -> None:
+        """Take back the rows' pages."""
+        freed = self._held[rows][_first(self._counts[rows], self.max_row_pages)]
+        self._free[self._num_free : self._num_free + len(freed)] = freed
+        self._num_free += len(freed)
 
     # What Backbone.decode calls.
 
@@ -135,6 +145,11 @@ class Arena:
         """Continue sequence w of row r from the history of sequence `parents[r, w]`; parents int64 `[R, W]`."""
         if self._ancestry is not None:
             self._ancestry.copy_(self._ancestry.gather(1, parents[:, :, None].expand_as(self._ancestry)))
+
+
+def _first(counts: np.ndarray, width: int) -> np.ndarray:
+    """bool `[R, width]`: the first `counts` of each row."""
+    return np.arange(width) < counts[:, None]
 
 
 def _side_by_side(key: Tensor, value: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ class Engine:
             cohort_rows=16 if on_cpu else max(1, slots // _COHORT_SHARE),
         )
         self._longest = LONGEST_TARGET if in_slots else None
+        self._longest_source, self._family_limit = backbone.max_source_length, backbone.max_target_length
         self._window = max(_WINDOW, 4 * slots)
         self._scheduler = Scheduler(self._budget)
         self._answers: list[Finished] = []
@@ -109,19 +110,20 @@ class Engine:
         """Queue requests. One that can never run becomes an answer with an error."""
         kinds: dict[Hashable, list[Request]] = {}
         for request in requests:
-            error = self._refusal(request)
+            limit = self._limit(request)
+            error = self._refusal(request, limit)
             if error:
                 self._answer([Finished(request, error=RowErrorReason.TOO_LONG, message=error)])
             else:
-                kinds.setdefault(self._decoder.kind(request, self._limit(request)), []).append(request)
+                kinds.setdefault(self._decoder.kind(request, limit), []).append(request)
         for kind, rows in kinds.items():
             self._scheduler.add(rows, kind, kind[1])  # type: ignore[index]
 
-    def _refusal(self, request: Request) -> str:
-        longest = self.backbone.max_source_length
+    def _refusal(self, request: Request, limit: int) -> str:
+        longest = self._longest_source
         if longest is not None and len(request.token_ids) > longest:
             return f"source must have at most {longest} tokens, has {len(request.token_ids)}: truncate it"
-        limit, prompt = self._limit(request), 1 + len(request.prompt_ids)
+        prompt = 1 + len(request.prompt_ids)
         if prompt >= limit:
             return f"the decoder prompt has {prompt} tokens and leaves no room below the limit of {limit}"
         if self._longest is not None and limit > self._longest:
@@ -129,7 +131,7 @@ class Engine:
         return ""
 
     def _limit(self, request: Request) -> int:
-        return request.settings.length_limit(1 + len(request.prompt_ids), self.backbone.max_target_length)
+        return request.settings.length_limit(1 + len(request.prompt_ids), self._family_limit)
 
     @torch.inference_mode()
     def step(self) -> list[Finished]:

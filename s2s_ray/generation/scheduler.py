@@ -1,6 +1,5 @@
 """Which rows are decoded next: longest source first, in cohorts of one kind, within the slots and tokens there are."""
 
-from bisect import insort
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
@@ -38,8 +37,8 @@ class Scheduler:
         """Queue rows of one kind; each takes `width` slots."""
         queue = self._waiting.setdefault(kind, [])
         self._widths[kind] = width
-        for request in requests:
-            insort(queue, request, key=_length)
+        queue.extend(requests)
+        queue.sort(key=_length)
 
     def next_kind(self) -> tuple[Hashable, Request] | None:
         """The kind whose longest row is the longest of all, and that row."""

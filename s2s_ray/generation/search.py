@@ -8,7 +8,7 @@ Dimensions: R rows, W width (beams, or parallel samples of a row), N = R x W, L 
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from s2s_ray.generation.random import uniform
 from s2s_ray.generation.requests import Finished, Generated, Request
 from s2s_ray.generation.samplers import Sampler, Warpers
 from s2s_ray.generation.settings import GenerationSettings
-from s2s_ray.nn.ragged import to_device
+from s2s_ray.nn.ragged import all_to_device, to_device
 
 _CAPACITY = 32  # tokens of history; doubles when full
 _HELD_STOPS = 8  # stop tokens a row may have where the state stays in place
@@ -64,7 +64,7 @@ class Search(ABC):
             "row_id": torch.tensor([r.row_id for r in requests]),
             "seed": torch.tensor([r.settings.seed for r in requests]),
         }
-        return {name: to_device(tensor, self.device) for name, tensor in (state | self._state(requests)).items()}
+        return all_to_device(state | self._state(requests), self.device)
 
     @abstractmethod
     def _state(self, requests: Sequence[Request]) -> dict[str, Tensor]:
@@ -198,7 +198,7 @@ class Search(ABC):
         """The answers of rows that are done. Waits for the device."""
         index = torch.tensor(rows, dtype=torch.int64, device=self.device)
         bad = self.row["nonfinite"][index].tolist()
-        tokens, lengths, scores = (t.tolist() for t in self._outputs(index))
+        tokens, lengths, scores = (t.cpu().numpy() for t in self._outputs(index))
         answers = []
         for position, row in enumerate(rows):
             request = self.requests[row]
@@ -207,7 +207,7 @@ class Search(ABC):
                 answers.append(Finished(request, error=RowErrorReason.NONFINITE, message=message))
                 continue
             sequences = [
-                self._generated(row, tokens[position][w], lengths[position][w], scores[position][w])
+                self._generated(row, tokens[position, w], int(lengths[position, w]), float(scores[position, w]))
                 for w in range(request.settings.num_return_sequences)
             ]
             answers.append(Finished(request, sequences))
@@ -217,9 +217,9 @@ class Search(ABC):
     def _outputs(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Histories `[R', W, L]`, their lengths `[R', W]` and scores `[R', W]`, best first."""
 
-    def _generated(self, row: int, tokens: list[int], length: int, score: float) -> Generated:
+    def _generated(self, row: int, tokens: Any, length: int, score: float) -> Generated:
         settings = self.requests[row].settings
-        ids = tokens[self.prompt_lengths[row] : length]
+        ids = tokens[self.prompt_lengths[row] : length].tolist()
         stopped = bool(ids) and ids[-1] in settings.eos_token_id
         forced = length >= self.limits[row] and settings.forced_eos_token_id is not None
         return Generated(

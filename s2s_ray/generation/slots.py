@@ -23,6 +23,7 @@ from s2s_ray.models.backbone import Backbone
 from s2s_ray.nn.ragged import RaggedRows, to_device
 
 LONGEST_TARGET = 2**15  # tokens; a slot is as long as the longest target it may hold
+_NEVER = 2**62
 _ROOM = 64  # tokens; the histories of a lane have room for a multiple of it
 _SPAN = (
     1024  # source tokens; where a family has no limit, the lanes are for sources of up to this, twice this and so on
@@ -37,12 +38,13 @@ class SlotDecoder:
         self.backbone = backbone
         self.budget = budget
         self._sampler = sampler
+        self._longest_source = backbone.max_source_length
         self._lane: _Lane | None = None
 
     @property
     def busy(self) -> bool:
         """Whether any row is being decoded."""
-        return self._lane is not None and bool(self._lane.occupied)
+        return self._lane is not None and self._lane.live > 0
 
     def next_rows(self, scheduler: Scheduler) -> tuple[Any, list[Request]] | None:
         """The rows to admit now and their kind."""
@@ -60,8 +62,7 @@ class SlotDecoder:
 
     def kind(self, request: Request, limit: int) -> tuple[Any, ...]:
         """What rows must share to be decoded side by side."""
-        length = len(request.token_ids)
-        span = self.backbone.max_source_length or max(_SPAN, 1 << (length - 1).bit_length())
+        span = self._longest_source or max(_SPAN, 1 << (len(request.token_ids) - 1).bit_length())
         return (*search_kind(request), -(-(limit + 1) // _ROOM) * _ROOM, span)
 
     def admit(self, kind: tuple[Any, ...], requests: list[Request], limits: list[int]) -> None:
@@ -79,7 +80,7 @@ class SlotDecoder:
 
     def live(self) -> int:
         """Sequences being decoded."""
-        return 0 if self._lane is None else len(self._lane.occupied) * self._lane.search.width
+        return 0 if self._lane is None else self._lane.live * self._lane.width
 
 
 class _Lane:
@@ -111,14 +112,15 @@ class _Lane:
             source_tokens=source_tokens,
         )
         self._free = list(range(rows))[::-1]
-        self.occupied: dict[int, int] = {}  # row to source tokens
+        self.live = 0  # rows
+        self._source_tokens = np.zeros(rows, np.int64)  # of the row in each place; 0 where there is none
+        self._placed_at = np.full(rows, _NEVER)  # the step
         self._graph: Any = None
         self._decoded: tuple[Tensor, Tensor]
         self._flags = [torch.zeros(rows, dtype=torch.bool).pin_memory() for _ in range(2)] if self._cuda else []
         self._events = [torch.cuda.Event() for _ in range(2)] if self._cuda else []
         self._side = torch.cuda.Stream() if self._cuda else None
         self._steps = 0
-        self._placed_at: dict[int, int] = {}
         self._packed = backbone.packed
         if self._cuda and self.uniform:
             self._graph = self._capture(lambda: self._advance(*self._decode()))
@@ -135,7 +137,7 @@ class _Lane:
 
     def used(self) -> tuple[int, int]:
         """Slots (sequences) and source tokens x width taken."""
-        return len(self.occupied) * self.width, sum(self.occupied.values()) * self.width
+        return self.live * self.width, int(self._source_tokens.sum()) * self.width
 
     def place(self, requests: list[Request], limits: list[int]) -> None:
         """Encode the rows and put them into free slots."""
@@ -147,9 +149,8 @@ class _Lane:
         self.search.place(rows, requests, limits)
         if not self.uniform:
             self.search.refresh()
-        for row, length in zip(rows, lengths, strict=True):
-            self.occupied[row] = length
-            self._placed_at[row] = self._steps
+        self.live += len(rows)
+        self._source_tokens[rows], self._placed_at[rows] = lengths, self._steps
 
     def _fits(self, request: Request, limit: int) -> bool:
         if request.settings is not self._settings and _shared(request.settings) != _shared(self._settings):
@@ -162,7 +163,7 @@ class _Lane:
         self._run()
         self._steps += 1
         if not self._cuda:
-            return self._answer(self.search.row["done"].tolist(), self._steps)
+            return self._answer(self.search.row["done"].numpy(), self._steps)
         now, before = self._steps % 2, (self._steps + 1) % 2
         self._flags[now].copy_(self.search.row["done"], non_blocking=True)
         self._events[now].record()
@@ -175,14 +176,14 @@ class _Lane:
 
     def _answer(self, done: Any, at: int) -> list[Finished]:
         # A row's slot may still carry the flag of the row before it.
-        finished = [row for row in self.occupied if done[row] and self._placed_at[row] < at]
+        finished = np.flatnonzero(done & (self._placed_at < at)).tolist()
         if not finished:
             return []
         answers = self.search.collect(finished)
-        for row in finished:
-            self.arena.release(row)
-            self._free.append(row)
-            del self.occupied[row], self._placed_at[row]
+        self.arena.release(finished)
+        self._free += finished
+        self.live -= len(finished)
+        self._source_tokens[finished], self._placed_at[finished] = 0, _NEVER
         return answers
 
     def _run(self) -> None:
@@ -235,11 +236,12 @@ def _is_uniform(request: Request) -> bool:
 
 
 def _encode(backbone: Backbone, requests: list[Request], device: torch.device) -> tuple[Tensor, list[int]]:
-    lengths = [max(1, len(request.token_ids)) for request in requests]
-    token_ids = np.zeros((len(requests), max(lengths)), np.int64)
-    for place, request in zip(token_ids, requests, strict=True):
-        place[: len(request.token_ids)] = request.token_ids
-    return backbone.encode_ragged(to_device(torch.from_numpy(token_ids), device), RaggedRows(lengths, device)), lengths
+    sources = [np.asarray(request.token_ids if len(request.token_ids) else (0,), np.int64) for request in requests]
+    lengths = [len(source) for source in sources]
+    rows = RaggedRows(lengths, device)
+    token_ids = np.zeros(rows.inside.shape, np.int64)
+    token_ids[rows.inside] = np.concatenate(sources)
+    return backbone.encode_ragged(to_device(torch.from_numpy(token_ids), device), rows), lengths
 
 
 def _fitted(

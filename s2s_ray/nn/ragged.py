@@ -3,9 +3,10 @@
 Dimensions: R rows, T tokens of all rows together, H heads, I = heads x head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,20 +21,26 @@ def attention_kernels(device: torch.device) -> ModuleType:
 
 
 class RaggedRows:
-    """Where each row lies among T tokens. `table` is the relative bias in force, `[H, 2 F + 1]` or None."""
+    """Where each row lies among T tokens. `table` is the relative bias in force, `[H, 2 F + 1]` or None; `inside` bool
+    `[R, longest]`, on the host, and `padding_mask`, on the device, are True for tokens.
+    """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self._kernels = attention_kernels(device)
         size = self._kernels.QUERY_BLOCK
-        longest = max(lengths)
-        counts = torch.tensor(lengths, dtype=torch.int32)
-        starts = torch.cat((torch.zeros(1, dtype=torch.int32), counts.cumsum(0, dtype=torch.int32)))
-        blocks = [(row, first) for row, length in enumerate(lengths) for first in range(0, length, size)]
-        inside = torch.arange(longest) < counts[:, None]
-        self.starts = to_device(starts, device)
-        self.blocks = to_device(torch.tensor(blocks, dtype=torch.int32), device)
-        self._index = to_device(inside.flatten().nonzero().squeeze(1), device)
-        self.padding_mask = to_device(inside, device)
+        counts = np.asarray(lengths)
+        of_row = -(-counts // size)  # blocks
+        row = np.repeat(np.arange(len(counts)), of_row)
+        first = (np.arange(len(row)) - np.repeat(of_row.cumsum() - of_row, of_row)) * size
+        self.inside = np.arange(counts.max()) < counts[:, None]
+        tables = {
+            "starts": np.concatenate(([0], counts.cumsum())).astype(np.int32),
+            "blocks": np.stack((row, first), axis=1).astype(np.int32),
+            "index": np.flatnonzero(self.inside),
+            "inside": self.inside,
+        }
+        held = all_to_device({name: torch.from_numpy(table) for name, table in tables.items()}, device)
+        self.starts, self.blocks, self._index, self.padding_mask = held.values()
         self.table: Tensor | None = None
 
     def use(self, bias: RelativeBias | None) -> None:
@@ -55,3 +62,16 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
+
+
+def all_to_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Copies of small tensors, all of one dtype sent at once: a transfer costs the host more than these bytes do."""
+    if device.type != "cuda":
+        return {name: to_device(tensor, device) for name, tensor in tensors.items()}
+    sent: dict[str, Tensor] = {}
+    for dtype in {tensor.dtype for tensor in tensors.values()}:
+        group = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
+        joint = to_device(torch.cat([tensor.flatten() for tensor in group.values()]), device)
+        parts = joint.split([tensor.numel() for tensor in group.values()])
+        sent |= {name: part.view(group[name].shape) for name, part in zip(group, parts, strict=True)}
+    return {name: sent[name] for name in tensors}
