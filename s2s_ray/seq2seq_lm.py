@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -157,8 +158,16 @@ class Seq2SeqLM:
         self.sampler = None if sampler is None else samplers.get(sampler)
         self.optimizer, self.loss, self.weighted_metrics = optimizer, loss, weighted_metrics
 
-    def fit(self, x: Any = None, y: Any = None, **options: Any) -> "History":
-        """Fine-tune on pairs of texts; see `s2s_ray.training.fit.fit` for what `x` may be and for the options."""
+    def fit(self, x: Any = None, y: Any = None, *, num_workers: int | None = None, **options: Any) -> "History":
+        """Fine-tune on pairs of texts; see `s2s_ray.training.fit.fit` for what `x` may be and for the options.
+
+        With `num_workers`, or x a Ray Dataset, it runs on a Ray cluster: see `s2s_ray.pipelines.fit.fit`.
+        """
+        ray_data = sys.modules.get("ray.data")  # a Dataset cannot be there without it
+        if num_workers is not None or (ray_data and isinstance(x, ray_data.Dataset)):
+            from s2s_ray.pipelines.fit import fit as fit_on_workers
+
+            return fit_on_workers(self, x, y, num_workers=1 if num_workers is None else num_workers, **options)
         from s2s_ray.training.fit import fit
 
         return fit(self, x, y, **options)

@@ -31,6 +31,7 @@ FLOORS = {
     "s2s_ray.metrics": 1,
     "s2s_ray.pipelines": 2,
 }
+DOORS = {("s2s_ray.seq2seq_lm", "s2s_ray.pipelines.fit")}  # the one call up, inside a function: `fit` on a cluster
 LOWEST_FLOOR_FOR = {"torch": 1, "ray": 2}
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 FORBIDDEN_CALLS = {
@@ -112,6 +113,8 @@ def test_no_file_imports_a_higher_floor(path: Path) -> None:
         tree.body = [node for node in tree.body if not isinstance(node, ast.If)]
     for imported in imports(tree):
         top = imported.split(".")[0]
+        if (module, imported) in DOORS:
+            continue
         if top == "s2s_ray":
             assert floor_of(imported) <= floor, f"{module} (floor {floor}) imports {imported}"
         assert LOWEST_FLOOR_FOR.get(top, 0) <= floor, f"{module} (floor {floor}) imports {imported}"

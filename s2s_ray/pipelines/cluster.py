@@ -104,6 +104,13 @@ def ray_session(address: str | None) -> Iterator[None]:
 
 def execute(dataset: "ray.data.Dataset") -> Iterator[dict[str, Any]]:
     """The rows of the dataset as they come. Raises the S2SRayError a stage raised, else InfrastructureError."""
+    with execution(dataset):
+        yield from dataset.iter_rows()
+
+
+@contextlib.contextmanager
+def execution(dataset: "ray.data.Dataset") -> Iterator[None]:
+    """Around whatever executes the dataset: quiet, and with the errors of `execute`."""
     import ray.data.exceptions
 
     context = dataset.context
@@ -113,7 +120,7 @@ def execute(dataset: "ray.data.Dataset") -> Iterator[dict[str, Any]]:
     context.max_consecutive_actor_init_deaths = INIT_DEATHS
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
-        yield from dataset.iter_rows()
+        yield
     except ray.data.exceptions.ExecutionTimeoutError as error:
         raise InfrastructureError(f"nothing moved for {NO_PROGRESS_SECONDS:.0f} s: {first_line(error)}") from error
     except Exception as error:  # whatever Ray raises, a rerun goes on from what is committed

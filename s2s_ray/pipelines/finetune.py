@@ -13,18 +13,16 @@ starts them anew when one is lost.
 """
 
 import dataclasses
-import os
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from s2s_ray import presets
-from s2s_ray.errors import InfrastructureError, S2SRayError, SettingsError
+from s2s_ray.errors import InfrastructureError, SettingsError
 from s2s_ray.pipelines import finetune_plot
 from s2s_ray.pipelines import plan as planning
-from s2s_ray.pipelines.cluster import first_line, ray_session
+from s2s_ray.pipelines.cluster import ray_session
 from s2s_ray.pipelines.finetune_report import FinetuneReport, TrainingProgress, make_report
 from s2s_ray.pipelines.finetune_settings import FinetuneSettings
 from s2s_ray.pipelines.inputs import InputFile, find_files
@@ -32,11 +30,13 @@ from s2s_ray.pipelines.lease import Lease
 from s2s_ray.pipelines.ledger import Ledger, check_claim
 from s2s_ray.pipelines.plan import Unit
 from s2s_ray.pipelines.tokens import TokenJob, cut_inputs, read_pairs, routes_of, tokenise
+from s2s_ray.pipelines.workers import Event, run_workers
 from s2s_ray.storage import Location, canonical_json, strict_json
 
+if TYPE_CHECKING:
+    import torch
+
 REPORT_FILE, PLOT_FILE = "report.json", "report.svg"
-COLLECTIVE_TIMEOUT_SECONDS = 1800
-Event = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,16 @@ def _train(prepared: Prepared) -> dict[str, Any]:
             "data": data,
             "sample": sample,
         }
-        run_workers(config, settings, prepared.ledger.root / "ray")
+        run_workers(
+            train_on_worker,
+            config,
+            num_workers=settings.worker_range(),
+            cpus_per_worker=settings.cpus_per_worker,
+            device=settings.device,
+            max_failures=settings.max_failures,
+            storage=prepared.ledger.root / "ray",
+            show=TrainingProgress().show,
+        )
     return _write_preset(prepared, data)
 
 
@@ -230,109 +239,13 @@ def _is_text(value: bytes | None) -> bool:
     return True
 
 
-def run_workers(config: dict[str, Any], settings: FinetuneSettings, storage: Location) -> None:
-    """Train on a Ray Train worker group, and print its progress. Raises the S2SRayError a worker raised."""
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.util.queue import Queue
-
-    train: Any = ray.train  # its types are still the first version's
-    on_gpu = settings.device == "cuda" or (settings.device is None and ray.cluster_resources().get("GPU", 0) > 0)
-    low, high = settings.worker_range()
-    events = Queue(actor_options={"num_cpus": 0})
-    filesystem, path = storage.filesystem_for_arrow()
-    storage.make_directory()
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={**config, "events": events},
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
-        scaling_config=train.ScalingConfig(
-            num_workers=low if low == high else (low, high),
-            use_gpu=on_gpu,
-            resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if on_gpu else {})},
-        ),
-        run_config=train.RunConfig(
-            name=os.urandom(8).hex(),  # a name that was used makes Ray Train look for checkpoints of its own
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=train.FailureConfig(max_failures=settings.max_failures),
-            logging_config=train.LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    listener = _Listener(events)
-    try:
-        trainer.fit()
-    except train.TrainingFailedError as error:
-        raise InfrastructureError(f"training failed: {first_line(error)}. Run the same command to go on") from error
-    finally:
-        listener.close()
-        storage.delete(recursive=True)
-    if listener.error is not None:
-        raise listener.error
-
-
-class _Listener:
-    """Prints the workers' events as they come, in a thread; keeps the error one of them ended with."""
-
-    def __init__(self, events: Any) -> None:
-        self.error: S2SRayError | None = None
-        self._events = events
-        self._progress = TrainingProgress()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._listen, name="s2s_ray progress", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Print what is still there, and end."""
-        self._stop.set()
-        self._thread.join()
-
-    def _listen(self) -> None:
-        from ray.exceptions import RayError
-        from ray.util.queue import Empty
-
-        while True:
-            try:
-                event = self._events.get(timeout=0.5)
-            except Empty:
-                if self._stop.is_set():
-                    return
-                continue
-            except RayError:
-                return
-            if event["kind"] == "error":
-                self.error = event["error"]
-            else:
-                self._progress.show(event)
-
-
-def train_worker(config: dict[str, Any]) -> None:
-    """What every worker runs. An expected error ends all workers alike, without Ray Train trying again."""
+def train_on_worker(config: dict[str, Any], device: "torch.device", emit: Callable[[Event], None]) -> None:
+    """Build this worker's part of the run and train. Needs Ray Train only for the place on the node."""
     from ray import train
-
-    rank = train.get_context().get_world_rank()
-    emit: Callable[[Event], None] = config["events"].put
-    try:
-        train_on_worker(config, emit)
-    except S2SRayError as error:
-        if isinstance(error, InfrastructureError):
-            raise
-        if rank == 0:
-            emit({"kind": "error", "error": error})
-
-
-def train_on_worker(config: dict[str, Any], emit: Callable[[Event], None]) -> None:
-    """Build this worker's part of the run and train. Needs Ray Train only for the device and the place on the node."""
-    import torch
-    from ray import train
-    from ray.train.torch import get_device
 
     from s2s_ray.pipelines import finetune_worker as worker
 
     settings = FinetuneSettings(**config["settings"])
-    device = get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
     worker.train(config, settings, device, train.get_context().get_local_rank(), emit)
 
 
@@ -342,10 +255,14 @@ def _describe(prepared: Prepared) -> tuple[str, ...]:
     passes = max(1, settings.batch_tokens // settings.micro_batch_tokens)
     return (
         f"{rows} pairs of {len(settings.input)} inputs, {sum(u.rows for u in prepared.validation_units)} to validate",
-        f"a step: {passes} forward passes of at most {settings.micro_batch_tokens} tokens over {settings.num_workers} "
-        "workers",
+        f"a step: {_counted(passes, 'forward pass', 'es')} of at most {settings.micro_batch_tokens} tokens over "
+        f"{_counted(settings.num_workers, 'worker', 's')}",
         f"fingerprint {prepared.ledger.fingerprint}; nothing was written",
     )
+
+
+def _counted(number: int | str, noun: str, plural: str) -> str:
+    return f"{number} {noun}{'' if str(number) == '1' else plural}"
 
 
 def _store_and_name(publish: str) -> tuple[str, str]:

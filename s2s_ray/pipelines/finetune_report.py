@@ -28,7 +28,8 @@ class TrainingProgress:
     def _line(self, event: Mapping[str, Any]) -> str:
         step = event["step"]
         if event["kind"] == "start":
-            return f"{len(event['pids'])} workers, step {step} of {event['steps']}"
+            workers = len(event["pids"])
+            return f"{workers} {'worker' if workers == 1 else 'workers'}, step {step} of {event['steps']}"
         if event["kind"] == "checkpoint":
             return f"step {step}: checkpoint written"
         if event["kind"] == "evaluation":

@@ -26,7 +26,7 @@ class Batch:
     the same for the decoder, `[B, T]`. labels int64 `[B, T]`, weights fp32 `[B, T]` (0 for padding). `real_tokens` and
     `padded_tokens` count source and target together; `target_weight` is the sum of the weights, known without the
     device. `seed` is what dropout draws from; None leaves torch's generator as it is. `packing` says where the rows
-    are in a batch that `packed` made.
+    are in a batch that `packed` made. `whole` is the batch of which this one is a worker's share.
     """
 
     inputs: dict[str, Tensor]
@@ -37,6 +37,7 @@ class Batch:
     target_weight: float
     seed: int | None = None
     packing: Packing | None = None
+    whole: "Batch | None" = None
 
     @classmethod
     def empty(cls, pad: int) -> "Batch":
@@ -88,6 +89,19 @@ class Batch:
     def padded_targets(self) -> int:
         """B x T."""
         return self.labels.numel() if self.packing is None else len(self) * self.packing.target.width
+
+    def share(self, rank: int, size: int) -> "Batch":
+        """Rows rank, rank + size, ... for one of `size` workers; a row of padding without weight where there is none.
+
+        Not for a packed batch.
+        """
+        if size == 1:
+            return self
+        share, rows = Batch.empty(0), slice(rank, None, size)
+        if rank < len(self):
+            inputs = {name: value[rows] for name, value in self.inputs.items()}
+            share = Batch.from_arrays(inputs, self.labels[rows], self.weights[rows])
+        return replace(share, whole=self)
 
     def packed(self) -> "Batch":
         """The same rows without padding: `decoder_token_ids`, labels and weights of all rows one after another, `[T]`.

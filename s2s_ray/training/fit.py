@@ -2,19 +2,21 @@
 
 import contextlib
 import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
 import torch
 
 from s2s_ray.errors import InputError, SettingsError
+from s2s_ray.text.preprocessor import Seq2SeqLMPreprocessor
 from s2s_ray.training.batches import Batch
 from s2s_ray.training.callbacks import Callback
 from s2s_ray.training.compiled import TrainingSetup, check_compiled
+from s2s_ray.training.distributed import World, distribute, freeze_unreached
 from s2s_ray.training.feed import on_device
-from s2s_ray.training.inputs import DataSettings, InMemory, Preprocessed, Stream, TrainingData, open_data
+from s2s_ray.training.inputs import DataSettings, InMemory, Preprocessed, TrainingData, open_data
 from s2s_ray.training.optimizers import OptimizerSettings, build_optimizer
 from s2s_ray.training.progress import Progress, Verbose
 from s2s_ray.training.step import Forward, Precision, Totals, TrainStep
@@ -69,6 +71,7 @@ def fit(
     target_lang_column: str | None = None,
     max_source_length: int | None = None,
     max_target_length: int | None = None,
+    world: World | None = None,
 ) -> History:
     """Train the task's backbone in place, by Keras' names and meaning of the first sixteen arguments.
 
@@ -81,10 +84,12 @@ def fit(
     `batch_tokens` bounds the padded tokens of a batch (source and target) in place of `batch_size` (32).
     `accumulation_steps` batches make one optimizer step, with the loss of one big batch. precision "auto" is bf16
     autocast on CUDA and fp32 elsewhere; the weights stay fp32. Equal arguments and seed give equal training on a CPU.
+    `world`: the processes of a torch.distributed group that call this together, with the same arguments; they share the
+    rows of every batch, and all end with the same weights.
 
     Raises SettingsError or InputError for arguments that cannot be used, NonFiniteLossError when training diverges.
     """
-    device = next(task.backbone.parameters()).device
+    world = world or World(0, 1, next(task.backbone.parameters()).device)
     settings = DataSettings(
         text_column=text_column,
         summary_column=summary_column,
@@ -100,18 +105,15 @@ def fit(
     for name, value in (("epochs", epochs), ("accumulation_steps", accumulation_steps)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise SettingsError(f"{name} must be a whole number of at least 1. Received: {value!r}")
-    opened = open_data(x, y, sample_weight, task.preprocessor, settings)
-    data: TrainingData = opened
-    validation: TrainingData | None = None
-    if validation_data is not None:
-        validation = _open_validation(task, validation_data, settings, validation_batch_size)
-    elif validation_split:
-        data, validation = _split(opened, validation_split)
+    plain = settings.for_validation(validation_batch_size)
+    data, validation = open_both(
+        x, y, sample_weight, validation_data, validation_split, task.preprocessor, settings, plain
+    )
     trainer = _Trainer(
         task=task,
         data=data,
         validation=validation,
-        device=device,
+        world=world,
         epochs=epochs,
         accumulation_steps=accumulation_steps,
         steps_per_epoch=steps_per_epoch,
@@ -119,11 +121,11 @@ def fit(
         validation_freq=validation_freq,
         verbose=verbose,
         callbacks=list(callbacks or ()),
-        precision=_precision(precision, device),
+        precision=_precision(precision, world.device),
     )
-    devices = [device] if device.type == "cuda" else []
+    devices = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + world.rank)
         return trainer.run(initial_epoch)
 
 
@@ -154,22 +156,24 @@ def evaluate(
     )
     device = next(task.backbone.parameters()).device
     data = open_data(x, y, sample_weight, task.preprocessor, settings)
-    return _evaluate(task, data, device, _precision(precision, device), steps)
+    return _evaluate(task, data, World(0, 1, device), _precision(precision, device), steps)
 
 
-def _evaluate(
-    task: Any, data: TrainingData, device: torch.device, precision: Precision, steps: int | None
-) -> dict[str, float]:
+def _evaluate(task: Any, data: TrainingData, world: World, precision: Precision, steps: int | None) -> dict[str, float]:
     setup = training_setup(task)
     totals = Totals()
     forward = Forward(task.backbone, setup.loss, setup.weighted_metrics, precision)
     was_training = task.backbone.training
     task.backbone.eval()
     with torch.no_grad():
-        for batch in on_device(islice(data.batches(0), steps), device):
+        for batch in on_device(_shares(islice(data.batches(0), steps), world), world.device):
             forward(batch, totals)
     task.backbone.train(was_training)
-    return totals.results()
+    return totals.over(world).results()
+
+
+def _shares(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
+    return (batch.share(world.rank, world.size) for batch in batches)
 
 
 def training_setup(task: Any) -> TrainingSetup:
@@ -182,7 +186,7 @@ class _Trainer:
     task: Any
     data: TrainingData
     validation: TrainingData | None
-    device: torch.device
+    world: World
     epochs: int
     accumulation_steps: int
     steps_per_epoch: int | None
@@ -196,16 +200,20 @@ class _Trainer:
 
     def run(self, initial_epoch: int) -> History:
         setup = training_setup(self.task)
+        if self.world.size > 1:
+            freeze_unreached(self.task.backbone, pad=0)
+        model = distribute(self.task.backbone, self.world, "ddp")
         optimizer, scheduler = build_optimizer(setup.optimizer, self.task.backbone, self._total_steps(initial_epoch))
         clip = setup.optimizer.clip_norm if isinstance(setup.optimizer, OptimizerSettings) else None
         step = TrainStep(
-            self.task.backbone,
+            model,
             optimizer,
             loss=setup.loss,
             metrics=setup.weighted_metrics,
             scheduler=scheduler,
             clip_norm=clip,
             precision=self.precision,
+            world_size=self.world.size,
         )
         self.history.params = {"epochs": self.epochs, "steps": self._steps(initial_epoch), "verbose": self.verbose}
         for callback in self.callbacks:
@@ -243,6 +251,7 @@ class _Trainer:
                 "the data gave no batch in this epoch: it is empty, or an iterator that can be read only once "
                 "(pass a list, a DataLoader, or steps_per_epoch)"
             )
+        totals = totals.over(self.world)
         logs = self._read(step, totals, started)
         logs["learning_rate"] = rate
         logs["padding_share"] = 1 - totals.real_tokens / totals.padded_tokens
@@ -255,7 +264,7 @@ class _Trainer:
         for callback in self.callbacks:
             callback.on_test_begin(epoch)
         if self.validation is not None and (epoch + 1) % self.validation_freq == 0:
-            results = _evaluate(self.task, self.validation, self.device, self.precision, self.validation_steps)
+            results = _evaluate(self.task, self.validation, self.world, self.precision, self.validation_steps)
             logs.update({f"val_{name}": value for name, value in results.items()})
         for callback in self.callbacks:
             callback.on_epoch_end(epoch, logs)
@@ -270,9 +279,10 @@ class _Trainer:
         """Micro-batches of each optimizer step, on the device."""
         with contextlib.ExitStack() as stack:
             if self.steps_per_epoch is None:
-                batches = stack.enter_context(contextlib.closing(on_device(self.data.batches(epoch), self.device)))
+                shares = _shares(self.data.batches(epoch), self.world)
+                batches = stack.enter_context(contextlib.closing(on_device(shares, self.world.device)))
             else:  # as in Keras, the next epoch goes on where this one stopped
-                self.stream = self.stream or on_device(self._endless(epoch), self.device)
+                self.stream = self.stream or on_device(_shares(self._endless(epoch), self.world), self.world.device)
                 batches = self.stream
             groups = iter(lambda: list(islice(batches, self.accumulation_steps)), [])
             yield from islice(groups, self.steps_per_epoch)
@@ -298,23 +308,27 @@ class _Trainer:
         return None if None in steps else sum(s for s in steps if s is not None)
 
 
-def _open_validation(task: Any, given: Any, settings: DataSettings, batch_size: int | None) -> TrainingData:
-    """As Keras: x alone, (x, y) or (x, y, sample_weight)."""
-    is_tuple = isinstance(given, tuple) and 2 <= len(given) <= 3
-    x, y, weight = (*given, None)[:3] if is_tuple else (given, None, None)
-    plain = replace(
-        settings,
-        batch_size=batch_size or settings.batch_size,
-        batch_tokens=None if batch_size else settings.batch_tokens,
-        shuffle=False,
-    )
-    return open_data(x, y, weight, task.preprocessor, plain)
-
-
-def _split(data: InMemory | Preprocessed | Stream, fraction: float) -> tuple[TrainingData, TrainingData]:
-    if isinstance(data, Stream):
+def open_both(
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    validation_data: Any,
+    validation_split: float,
+    preprocessor: Seq2SeqLMPreprocessor | None,
+    settings: DataSettings,
+    validation_settings: DataSettings,
+) -> tuple[TrainingData, TrainingData | None]:
+    """What to train on and what to validate on. validation_data as in Keras: x alone, (x, y), (x, y, sample_weight)."""
+    data = open_data(x, y, sample_weight, preprocessor, settings)
+    if validation_data is not None:
+        is_tuple = isinstance(validation_data, tuple) and 2 <= len(validation_data) <= 3
+        x, y, weight = (*validation_data, None)[:3] if is_tuple else (validation_data, None, None)
+        return data, open_data(x, y, weight, preprocessor, validation_settings)
+    if not validation_split:
+        return data, None
+    if not isinstance(data, (InMemory, Preprocessed)):
         raise SettingsError("validation_split needs data of known length; pass validation_data with an iterable")
-    return data.split(fraction)
+    return data.split(validation_split)
 
 
 def _precision(precision: str, device: torch.device) -> Precision:

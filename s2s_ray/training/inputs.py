@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -54,7 +54,13 @@ class DataSettings:
         languages = (self.source_lang_column, self.target_lang_column)
         return [self.text_column, self.summary_column, *(name for name in languages if name is not None)]
 
+    def for_validation(self, batch_size: int | None) -> "DataSettings":
+        """In order, and with batches of `batch_size` rows where it is given."""
+        size, tokens = (batch_size, None) if batch_size else (self.batch_size, self.batch_tokens)
+        return replace(self, batch_size=size, batch_tokens=tokens, shuffle=False)
 
+
+@runtime_checkable
 class TrainingData(Protocol):
     """Batches, epoch after epoch."""
 
@@ -168,11 +174,13 @@ class Stream:
 
 def open_data(
     x: Any, y: Any, sample_weight: Any, preprocessor: Seq2SeqLMPreprocessor | None, settings: DataSettings
-) -> "InMemory | Preprocessed | Stream":
+) -> TrainingData:
     """The data behind whatever `fit` was given. Raises InputError, which lists the accepted forms."""
+    if isinstance(x, TrainingData):
+        return x
 
-    def encode(texts: Texts) -> Examples:
-        return _encode([texts], _required(preprocessor), settings)
+    def encode_batch(texts: Texts) -> Examples:
+        return encode([texts], required(preprocessor), settings)
 
     if isinstance(x, Mapping) and "encoder_token_ids" in x:
         if y is None:
@@ -184,7 +192,7 @@ def open_data(
         raise InputError("y and sample_weight belong to preprocessed x; with text, the targets are decoder_text")
     chunks = _text_chunks(x, settings)
     if chunks is not None:
-        examples = _encode(chunks, _required(preprocessor), settings)
+        examples = encode(chunks, required(preprocessor), settings)
         if not len(examples):
             raise InputError("the training data must hold at least one pair. Received: none")
         return InMemory(examples, settings)
@@ -192,7 +200,7 @@ def open_data(
         raise InputError(f"x must be {FORMS}. Received: {type(x).__name__}")
     if settings.batch_tokens is not None:
         raise SettingsError("batch_tokens needs data of known length: an iterable already decides its batches")
-    return Stream(x, encode, settings)
+    return Stream(x, encode_batch, settings)
 
 
 def _text_chunks(x: Any, settings: DataSettings) -> Iterable[Texts] | None:
@@ -208,7 +216,7 @@ def _text_chunks(x: Any, settings: DataSettings) -> Iterable[Texts] | None:
 
 def _as_texts(x: Any, settings: DataSettings) -> Texts | None:
     if isinstance(x, (pa.Table, pa.RecordBatch)):
-        return _from_columns(x, settings)
+        return from_columns(x, settings)
     if not isinstance(x, Mapping):
         return None
     if not set(TEXT_KEYS) <= set(x) <= {*TEXT_KEYS, *LANGUAGE_KEYS}:
@@ -223,7 +231,7 @@ def _as_texts(x: Any, settings: DataSettings) -> Texts | None:
     return Texts(**{**x, **columns})
 
 
-def _from_columns(x: pa.Table | pa.RecordBatch, settings: DataSettings) -> Texts:
+def from_columns(x: pa.Table | pa.RecordBatch, settings: DataSettings) -> Texts:
     columns = settings.columns()
     if not set(columns) <= set(x.schema.names):
         raise InputError(
@@ -247,7 +255,7 @@ def _read_parquet(path: str | os.PathLike[str], settings: DataSettings) -> Itera
             except pa.ArrowInvalid as error:
                 raise InputError(f"{file.url} must be a Parquet file: {error}") from error
             for batch in parquet.iter_batches(CHUNK_ROWS, columns=settings.columns()):
-                yield _from_columns(batch, settings)
+                yield from_columns(batch, settings)
 
 
 def _chunked(texts: Texts) -> Iterator[Texts]:
@@ -258,7 +266,7 @@ def _chunked(texts: Texts) -> Iterator[Texts]:
         yield Texts(texts.encoder_text[rows], texts.decoder_text[rows], source_lang, target_lang)
 
 
-def _encode(chunks: Iterable[Texts], preprocessor: Seq2SeqLMPreprocessor, settings: DataSettings) -> Examples:
+def encode(chunks: Iterable[Texts], preprocessor: Seq2SeqLMPreprocessor, settings: DataSettings) -> Examples:
     sources, labels, starts, done = [], [], list[int](), 0
     for texts in chunks:
         routes = preprocessor.try_routes(len(texts.encoder_text), texts.source_lang, texts.target_lang)
@@ -276,10 +284,10 @@ def _encode(chunks: Iterable[Texts], preprocessor: Seq2SeqLMPreprocessor, settin
         done += len(texts.encoder_text)
     ragged = Ragged.concatenate(sources), Ragged.concatenate(labels)
     pad = preprocessor.tokenizer.pad_token_id
-    return Examples(*ragged, np.array(starts, np.int32), pad, _fixed_widths(preprocessor, settings))
+    return Examples(*ragged, np.array(starts, np.int32), pad, fixed_widths(preprocessor, settings))
 
 
-def _fixed_widths(preprocessor: Seq2SeqLMPreprocessor, settings: DataSettings) -> tuple[int, int] | None:
+def fixed_widths(preprocessor: Seq2SeqLMPreprocessor, settings: DataSettings) -> tuple[int, int] | None:
     if preprocessor.padding != "max_length":
         return None
     if settings.batch_tokens is not None:
@@ -288,7 +296,7 @@ def _fixed_widths(preprocessor: Seq2SeqLMPreprocessor, settings: DataSettings) -
     return source, settings.max_target_length or preprocessor.decoder_sequence_length
 
 
-def _required(preprocessor: Seq2SeqLMPreprocessor | None) -> Seq2SeqLMPreprocessor:
+def required(preprocessor: Seq2SeqLMPreprocessor | None) -> Seq2SeqLMPreprocessor:
     if preprocessor is None:
         raise InputError("text needs a preprocessor: give the task one, or pass preprocessed (x, y, sample_weight)")
     return preprocessor

@@ -15,20 +15,25 @@ COLUMNS = ("source", "labels")
 
 def open_shards(paths: Sequence[Path], pad: int) -> Examples:
     """The pairs of these files, in order; `pad` as in Examples. Raises InfrastructureError for damage."""
-    sides: tuple[list[Ragged], list[Ragged]] = ([], [])
-    starts = [np.empty(0, np.int32)]
+    batches = []
     for path in paths:
         try:
             batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
             batch.validate(full=True)
-            for side, name in zip(sides, COLUMNS, strict=True):
-                side.append(_ragged(batch.column(name)))
-            starts.append(batch.column("start").to_numpy())
+            examples_of([batch], pad)
         except (pa.ArrowException, OSError, KeyError) as error:
             raise InfrastructureError(
                 f"{path} must be a file of token ids: {error}. Delete it, and run again"
             ) from error
-    return Examples(RaggedParts(sides[0]), RaggedParts(sides[1]), np.concatenate(starts), pad)
+        batches.append(batch)
+    return examples_of(batches, pad)
+
+
+def examples_of(batches: Sequence[pa.RecordBatch], pad: int) -> Examples:
+    """The pairs of these batches, in order, without a copy of their ids."""
+    sources, labels = (RaggedParts([_ragged(batch.column(name)) for batch in batches]) for name in COLUMNS)
+    starts = [np.empty(0, np.int32), *(batch.column("start").to_numpy() for batch in batches)]
+    return Examples(sources, labels, np.concatenate(starts), pad)
 
 
 def _ragged(column: pa.ListArray) -> Ragged:

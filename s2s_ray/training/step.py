@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from s2s_ray.errors import S2SRayError, SettingsError
 from s2s_ray.training.batches import Batch
 from s2s_ray.training.compiled import ACCURACY, PERPLEXITY
+from s2s_ray.training.distributed import World
 from s2s_ray.training.loss import CrossEntropy, cross_entropy
 
 Precision = Literal["fp32", "bf16"]
@@ -52,6 +53,17 @@ class Totals:
         self.target_weight += batch.target_weight
         self.real_tokens += batch.real_tokens
         self.padded_tokens += batch.padded_tokens
+
+    def over(self, world: World) -> "Totals":
+        """The sums over all workers, which must ask together, each with the same names; waits for the device."""
+        if world.size == 1:
+            return self
+        names = sorted(self.sums)
+        counts = self.divisor, self.target_weight, self.real_tokens, self.padded_tokens
+        values = world.sum([*(float(self.sums[name]) for name in names), *counts])
+        sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in zip(names, values, strict=False)}
+        divisor, weight, real, padded = values[len(names) :]
+        return Totals(sums, divisor, weight, int(real), int(padded))
 
     def results(self) -> dict[str, float]:
         """Loss and metrics as means; waits for the device."""
@@ -98,7 +110,9 @@ class Forward:
 
     def divisor(self, batch: Batch) -> float:
         """What the batch's loss sum is divided by, known on the host."""
-        return float(batch.padded_targets) if self.loss.reduction == "keras" else batch.target_weight
+        if self.loss.reduction == "keras":
+            return float(batch.padded_targets if batch.real_tokens else 0)  # a worker's empty share adds no padding
+        return batch.target_weight
 
 
 class TrainStep:
@@ -141,7 +155,7 @@ class TrainStep:
         divisor: the real target tokens of this step over all workers; by default those of `batches`.
         """
         if divisor is None:
-            divisor = sum(self.forward.divisor(batch) for batch in batches)
+            divisor = sum(self.forward.divisor(batch.whole or batch) for batch in batches)
         if divisor <= 0:
             raise SettingsError(
                 f"step {self.steps + 1} has no real target token: sample_weight must not be 0 everywhere"
