@@ -39,6 +39,21 @@ def test_authentication_is_on_and_no_secret_is_in_it(provider: str) -> None:
     assert not re.search(r"(?i)secret_access|api_key|password|AKIA|private_key", text)
 
 
+def test_ray_start_knows_the_flags() -> None:
+    from ray.scripts.scripts import start
+
+    known = {option for parameter in start.params for option in parameter.opts}
+    text = "\n".join((ROOT / "cluster" / name).read_text() for name in ("aws.yaml", "gcp.yaml", "README.md"))
+    commands = re.findall(r"ray start ((?:--\S+\s*)+)", text)
+    flags = {flag.partition("=")[0] for command in commands for flag in command.split()}
+    assert len(commands) >= 6 and {"--head", "--address", "--dashboard-host"} <= flags <= known
+    for job in ("summarize", "finetune"):
+        manifest = next(yaml.safe_load_all((ROOT / "cluster" / f"rayjob-{job}.yaml").read_text()))
+        cluster = manifest["spec"]["rayClusterSpec"]
+        groups = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+        assert {f"--{name}" for group in groups for name in group["rayStartParams"]} <= known
+
+
 def test_one_image_with_the_rays_version_everywhere() -> None:
     containerfile = (ROOT / "cluster" / "Containerfile").read_text()
     (tag,) = re.findall(r"docker build .* -t (\S+) ", containerfile)

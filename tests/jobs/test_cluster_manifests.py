@@ -1,5 +1,8 @@
-"""The shipped manifests: flags the job accepts, authentication on, no secrets."""
+"""The shipped manifests: KubeRay's own schema, flags the job accepts, authentication on, no secrets."""
 
+import copy
+import gzip
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,17 +11,74 @@ from typing import Any
 import pytest
 import yaml
 from job_helpers import ROOT
+from jsonschema import Draft202012Validator, ValidationError
 
 from s2s_ray.pipelines import finetune_settings
 from s2s_ray.pipelines.command import parse_summarize
 from s2s_ray.presets import handles
 
 MANIFESTS = [ROOT / "cluster" / f"rayjob-{job}.yaml" for job in ("summarize", "finetune")]
+SCHEMA = Path(__file__).parent / "kuberay" / "rayjob-v1.7.0.json.gz"
 all_manifests = pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.stem)
 
 
 def documents(manifest: Path) -> dict[str, dict[str, Any]]:
     return {document["kind"]: document for document in yaml.safe_load_all(manifest.read_text())}
+
+
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    """KubeRay's, closed: Kubernetes drops fields that it does not name without a word, and here they are errors."""
+    schema: dict[str, Any] = json.loads(gzip.decompress(SCHEMA.read_bytes()))
+    close(schema)
+    schema["properties"]["metadata"] = {"type": "object", "required": ["name"]}
+    return schema
+
+
+def close(schema: Any) -> None:
+    if isinstance(schema, dict) and isinstance(schema.get("properties"), dict):
+        schema.setdefault("additionalProperties", False)
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        close(part)
+
+
+def validate(instance: Any, schema: dict[str, Any]) -> None:
+    Draft202012Validator(schema).validate(instance)
+
+
+def at(node: Any, path: str) -> Any:
+    for key in path.split("/"):
+        node = node[int(key) if key.isdecimal() else key]
+    return node
+
+
+@all_manifests
+def test_kuberay_knows_every_field(manifest: Path, schema: dict[str, Any]) -> None:
+    validate(documents(manifest)["RayJob"], schema)
+    pod = "spec/rayClusterSpec/headGroupSpec/template/spec"
+    volume = at(schema, f"properties/{pod.replace('/', '/properties/')}/properties/volumes/items")
+    claim = at(volume, "properties/ephemeral/properties/volumeClaimTemplate/properties/spec")
+    validate(documents(manifest)["PersistentVolumeClaim"]["spec"], claim)
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value", "message"),
+    [
+        ("spec", "shutdownAfterFinish", True, r"'shutdownAfterFinish' was unexpected"),
+        ("spec", "ttlSecondsAfterFinished", "600", "'600' is not of type 'integer'"),
+        ("spec/rayClusterSpec", "enableAutoscaling", True, "'enableAutoscaling' was unexpected"),
+        ("spec/rayClusterSpec/authOptions", "mode", "tokens", "'tokens' is not one of"),
+        ("spec/rayClusterSpec/workerGroupSpecs/0", "maxReplica", 8, "'maxReplica' was unexpected"),
+        ("spec/rayClusterSpec/workerGroupSpecs/0/template/spec/containers/0", "volumeMount", [], "was unexpected"),
+    ],
+)
+def test_a_field_that_kuberay_does_not_know_is_found(
+    schema: dict[str, Any], place: str, key: str, value: object, message: str
+) -> None:
+    job = copy.deepcopy(documents(MANIFESTS[0])["RayJob"])
+    at(job, place)[key] = value
+    with pytest.raises(ValidationError, match=message):
+        validate(job, schema)
 
 
 @all_manifests
