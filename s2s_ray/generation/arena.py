@@ -26,10 +26,18 @@ class Arena:
     """
 
     def __init__(
-        self, backbone: Backbone, done: Tensor, *, width: int, positions: int, span: int, source_tokens: int
+        self,
+        backbone: Backbone,
+        done: Tensor,
+        *,
+        width: int,
+        positions: int,
+        span: int,
+        source_tokens: int,
+        brief: bool = False,
     ) -> None:
         """positions: the most that a sequence can have; span: source tokens that a row can have; source_tokens: room
-        for all rows' sources together.
+        for all rows' sources together; brief: most sources are short, which only decides about speed.
         """
         layers = [layer for layer in backbone.decoder_layers if isinstance(layer, DecoderLayer)]
         self._attentions = [(layer.self_attention, layer.cross_attention) for layer in layers]
@@ -39,6 +47,7 @@ class Arena:
         self._kernels = attention_kernels(device)
         self.width = width
         self.done = done
+        self._brief = brief
         self._device = device
         num_pages = -(-source_tokens // PAGE) + rows
         self._own = torch.empty(len(layers), rows, positions, width, 2 * inner, dtype=weight.dtype, device=device)
@@ -139,6 +148,7 @@ class Arena:
             width=self.width,
             scale=attention.scale,
             page=PAGE,
+            brief=self._brief,
         )
 
     def reorder(self, parents: Tensor) -> None:

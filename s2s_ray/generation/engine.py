@@ -28,7 +28,9 @@ _UNBOUNDED = 2**40  # source tokens; what memory there is decides then
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counters since the engine was made. Occupancy is `live_slot_steps / slot_steps`."""
+    """Counters since the engine was made. Occupancy is `live_slot_steps / slot_steps`; a slot is live until its row is
+    answered, on CUDA up to four steps after its last token.
+    """
 
     steps: int = 0
     slot_steps: int = 0

@@ -1,7 +1,8 @@
 """Decoding on a GPU: a fixed number of slots, their caches in an arena, one captured graph a step.
 
 Rows are placed into free slots and leave them when they are done; a step always runs over all slots, and the attention
-kernels skip those that are empty. The host never waits for a step: it reads who was done after the one before.
+kernels skip those that are empty. Some steps are queued ahead of the host, which reads who was done after one that is
+over, so that the device has work while rows are answered and others are admitted.
 
 All rows of a lane share the kind of search, its width and the room for tokens. While they share their settings too, the
 whole step, choice of tokens included, is one graph; otherwise the choice runs outside of it, with tables per row.
@@ -23,7 +24,9 @@ from s2s_ray.models.backbone import Backbone
 from s2s_ray.nn.ragged import RaggedRows, to_device
 
 LONGEST_TARGET = 2**15  # tokens; a slot is as long as the longest target it may hold
+_BRIEF = 256  # source tokens; attention over sources that are no longer has small blocks
 _NEVER = 2**62
+_MOST_AHEAD = 4  # steps the host may be ahead of the device
 _ROOM = 64  # tokens; the histories of a lane have room for a multiple of it
 _SPAN = (
     1024  # source tokens; where a family has no limit, the lanes are for sources of up to this, twice this and so on
@@ -57,6 +60,8 @@ class SlotDecoder:
     def _prepare(self, kind: Any, first: Request) -> None:
         limit = first.settings.length_limit(1 + len(first.prompt_ids), self.backbone.max_target_length)
         if self._lane is None or not self._lane.suits(kind, first, limit):
+            if self._lane is not None:
+                self._lane.settle()
             self._lane = None  # its memory goes before the next one's is taken
             self._lane = _Lane(self.backbone, self.budget, kind, first, limit, self._sampler)
 
@@ -70,7 +75,7 @@ class SlotDecoder:
         self._lane.place(requests, limits)  # type: ignore[union-attr]
 
     def step(self) -> list[Finished]:
-        """One token for every row; the rows that were done a step ago."""
+        """One token for every row; rows that are done, on CUDA a few steps later."""
         return self._lane.step() if self._lane is not None and self.busy else []
 
     @property
@@ -110,6 +115,7 @@ class _Lane:
             positions=self._room,
             span=span,
             source_tokens=source_tokens,
+            brief=len(first.token_ids) <= _BRIEF,
         )
         self._free = list(range(rows))[::-1]
         self.live = 0  # rows
@@ -117,10 +123,13 @@ class _Lane:
         self._placed_at = np.full(rows, _NEVER)  # the step
         self._graph: Any = None
         self._decoded: tuple[Tensor, Tensor]
-        self._flags = [torch.zeros(rows, dtype=torch.bool).pin_memory() for _ in range(2)] if self._cuda else []
-        self._events = [torch.cuda.Event() for _ in range(2)] if self._cuda else []
+        self._flags = (
+            [torch.zeros(rows, dtype=torch.bool).pin_memory() for _ in range(_MOST_AHEAD + 1)] if self._cuda else []
+        )
+        self._events = [torch.cuda.Event() for _ in self._flags]
         self._side = torch.cuda.Stream() if self._cuda else None
         self._steps = 0
+        self._ahead = 1
         self._packed = backbone.packed
         if self._cuda and self.uniform:
             self._graph = self._capture(lambda: self._advance(*self._decode()))
@@ -135,6 +144,11 @@ class _Lane:
         enough = len(first.token_ids) * self.width <= self.budget.tokens
         return current and enough and kind == self.kind and self.uniform and self._fits(first, limit)
 
+    def settle(self) -> None:
+        """Wait for the steps that are queued."""
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+
     def used(self) -> tuple[int, int]:
         """Slots (sequences) and source tokens x width taken."""
         return self.live * self.width, int(self._source_tokens.sum()) * self.width
@@ -142,6 +156,7 @@ class _Lane:
     def place(self, requests: list[Request], limits: list[int]) -> None:
         """Encode the rows and put them into free slots."""
         memory, lengths = _encode(self.backbone, requests, self._device)
+        self._adjust()
         rows = [self._free.pop() for _ in requests]
         if self.uniform and not all(self._fits(r, limit) for r, limit in zip(requests, limits, strict=True)):
             self.uniform, self._graph = False, None
@@ -152,6 +167,14 @@ class _Lane:
         self.live += len(rows)
         self._source_tokens[rows], self._placed_at[rows] = lengths, self._steps
 
+    def _adjust(self) -> None:
+        """Queue one step more ahead of rows to come if the device has done all before the host was through with these,
+        else one less: a row that is done waits for the steps ahead.
+        """
+        if self._cuda and self._steps > self._placed_at[self._placed_at < _NEVER].max(initial=0):
+            idle = self._events[self._steps % len(self._flags)].query()
+            self._ahead = min(self._ahead + 1, _MOST_AHEAD) if idle else max(self._ahead - 1, 1)
+
     def _fits(self, request: Request, limit: int) -> bool:
         if request.settings is not self._settings and _shared(request.settings) != _shared(self._settings):
             return False
@@ -159,20 +182,21 @@ class _Lane:
         return limits and not request.prompt_ids
 
     def step(self) -> list[Finished]:
-        """Run one step; answer what was done before it."""
+        """Run one step; answer what was done after one of the last."""
         self._run()
         self._steps += 1
         if not self._cuda:
             return self._answer(self.search.row["done"].numpy(), self._steps)
-        now, before = self._steps % 2, (self._steps + 1) % 2
+        now = self._steps % len(self._flags)
         self._flags[now].copy_(self.search.row["done"], non_blocking=True)
         self._events[now].record()
-        if self._steps == 1:
+        if self._steps <= self._ahead:
             return []
+        before = (self._steps - self._ahead) % len(self._flags)
         self._events[before].synchronize()
         with torch.cuda.stream(self._side):
             self._side.wait_event(self._events[before])  # type: ignore[union-attr]
-            return self._answer(self._flags[before].numpy(), self._steps - 1)
+            return self._answer(self._flags[before].numpy(), self._steps - self._ahead)
 
     def _answer(self, done: Any, at: int) -> list[Finished]:
         # A row's slot may still carry the flag of the row before it.

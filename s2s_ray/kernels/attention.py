@@ -25,10 +25,12 @@ def _mix(
     ONE: tl.constexpr,
     EXACT: tl.constexpr,
     ALL: tl.constexpr,
+    BIASED: tl.constexpr,
 ):
     """One block of keys and values into the running softmax (Milakov and Gimelshein 2018, arXiv:1805.02867).
 
-    ALL: every query sees every key of the block.
+    ALL: every query sees every key of the block. scale, which is positive, is applied in the exponent, where it costs
+    nothing, unless there is a bias to add.
     """
     if ONE:
         scores = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), axis=1)[None]
@@ -36,12 +38,14 @@ def _mix(
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
     else:
         scores = tl.dot(queries, tl.trans(keys))
-    scores = scores * scale + bias
+    if BIASED:
+        scores = scores * scale + bias
     if not ALL:
         scores = tl.where(seen, scores, float("-inf"))
-    new_best = tl.maximum(best, tl.max(scores, axis=1))
+    factor = 1.0 if BIASED else scale
+    new_best = tl.maximum(best, tl.max(scores, axis=1) * factor)
     shift = new_best if ALL else tl.where(new_best == float("-inf"), 0.0, new_best)
-    weights = tl.exp2(scores - shift[:, None])
+    weights = tl.exp2(scores * factor - shift[:, None])
     shrink = tl.exp2(best - shift)
     total = total * shrink + tl.sum(weights, axis=1)
     if ONE:
@@ -130,7 +134,7 @@ def _decode(
             writer = ancestry + (row * WIDTH + lane)[:, None] * positions + (index // WIDTH)[None]
             seen = seen & (tl.load(writer, seen, other=-1) == (index % WIDTH)[None])
         best, total, mixed = _mix(
-            queries, keys, values, bias, seen, best, total, mixed, scale, WIDTH_2 == 1, EXACT, False
+            queries, keys, values, bias, seen, best, total, mixed, scale, WIDTH_2 == 1, EXACT, False, OWN and BIAS
         )
     mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
     place = output + (row * WIDTH + lane)[:, None] * (HEADS * SIZE) + column[None]
@@ -175,22 +179,24 @@ def decode_cross(
     width: int,
     scale: float,
     page: int,
+    brief: bool = False,
 ) -> Tensor:
     """Attend over each row's source: the W sequences of a row read its keys and values once.
 
     query `[N, I]`, held `[page slots, 2 I]`, pages int32 `[R, pages a row]`, lengths int32 `[R]` in tokens, done bool
-    `[R]`. Returns `[N, I]`.
+    `[R]`; brief: most rows are short. Returns `[N, I]`.
     """
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     _launch(
         query, query, held, pages, lengths, done, None, None, output, 0, pages.shape[1], heads, width, scale,
-        own=False, page=page,
+        own=False, page=page, brief=brief,
     )  # fmt: skip
     return output
 
 
 # One query is padded to the 16 that a matrix instruction takes, since only products are pipelined with the loads: 4.1
-# against 3.0 TB/s (H200, bf16, 512 rows of 256 to 1024 tokens; see docs/performance.md).
+# against 3.0 TB/s (H200, bf16, 512 rows of 256 to 1024 tokens). Keys and values a few at a time suit rows of 30 tokens,
+# 74 against 222 us, and histories; rows of hundreds do not. See docs/performance.md.
 def _launch(
     query: Tensor,
     new: Tensor,
@@ -209,9 +215,11 @@ def _launch(
     *,
     own: bool,
     page: int,
+    brief: bool = False,
 ) -> None:
     size = query.shape[1] // heads
     exact = query.dtype == torch.float32
+    few = (own or brief) and not exact
     _decode[(heads, lengths.shape[0])](
         query,
         new,
@@ -234,12 +242,12 @@ def _launch(
         WIDTH=width,
         WIDTH_2=1 if exact and width == 1 else max(16, triton.next_power_of_2(width)),
         PAGE=page,
-        KEYS=32 if own or exact else 128,
+        KEYS=16 if few and width == 1 else 32 if few or exact else 128,
         OWN=own,
         BIAS=table is not None,
         EXACT=exact,
-        num_warps=4 if exact or not own else 1,
-        num_stages=3 if own else 2,
+        num_warps=1 if few else 4,
+        num_stages=3 if own and width > 1 else 2,
     )
 
 
@@ -283,7 +291,7 @@ def _row_block(
         farthest = table_width // 2
         offset = tl.minimum(tl.maximum(index[None] - line[:, None], -farthest), farthest) + farthest
         bias = tl.load(table + head * table_width + offset).to(tl.float32) * _LOG2_E
-    return _mix(queries, keys, values, bias, real[None], best, total, mixed, scale, False, EXACT, WHOLE)
+    return _mix(queries, keys, values, bias, real[None], best, total, mixed, scale, False, EXACT, WHOLE, BIAS)
 
 
 @triton.jit

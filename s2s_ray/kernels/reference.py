@@ -51,6 +51,7 @@ def decode_cross(
     width: int,
     scale: float,
     page: int,
+    brief: bool = False,
 ) -> Tensor:
     """As `attention.decode_cross`."""
     index = torch.arange(pages.shape[1] * page, device=query.device)

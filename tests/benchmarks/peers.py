@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from s2s_ray import models
-from s2s_ray.generation.engine import Engine
+from s2s_ray.generation.engine import Engine, EngineStats
 from s2s_ray.generation.requests import Request
 from s2s_ray.generation.settings import GenerationSettings
 from s2s_ray.models.loading import DTYPES, build_backbone
@@ -94,8 +94,12 @@ def ours(task: Task) -> list[Contestant]:
 
         def run(count: int | None) -> Outputs:
             outputs: Outputs = [[] for _ in task.rows]
+            engine.stats = EngineStats()
             for answer in engine.generate(Request(i, row, settings) for i, row in enumerate(task.rows[:count])):
                 outputs[answer.request.row_id] = answer.sequences[0].token_ids
+            if args.num_beams == 1:
+                share = engine.stats.generated_tokens / engine.stats.slot_steps
+                print(f"{share:.1%} of the slots gave a token", file=sys.stderr)
             return outputs
 
         yield run

@@ -77,7 +77,8 @@ def test_self_attention_of_one_step(width: int, size: int, biased: bool, dtype: 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("width", "size"), [(1, 64), (3, 8)])
-def test_cross_attention_over_pages(width: int, size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("brief", [False, True], ids=["long", "brief"])
+def test_cross_attention_over_pages(brief: bool, width: int, size: int, dtype: torch.dtype) -> None:
     rows, inner, page = 5, HEADS * size, 32
     held = normal(40 * page, 2 * inner, dtype=dtype)
     pages = torch.stack([torch.randperm(40, device=DEVICE)[:5] for _ in range(rows)]).int()
@@ -85,7 +86,9 @@ def test_cross_attention_over_pages(width: int, size: int, dtype: torch.dtype) -
     done = torch.tensor([False, False, True, False, False], device=DEVICE)
     query = normal(rows * width, inner, dtype=dtype)
     expected, found = (
-        kernels.decode_cross(query, held, pages, lengths, done, heads=HEADS, width=width, scale=0.3, page=page)
+        kernels.decode_cross(
+            query, held, pages, lengths, done, heads=HEADS, width=width, scale=0.3, page=page, brief=brief
+        )
         for kernels in (reference, attention)
     )
     close(found, expected, dtype)
