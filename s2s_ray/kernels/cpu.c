@@ -1,9 +1,10 @@
-/* Generation's two costly operations on a CPU. `cpu.py` compiles this file for the machine it runs on and says what each
+/* Generation's costly operations on a CPU. `cpu.py` compiles this file for the machine it runs on and says what each
  * function takes. A row's result depends on that row alone, never on how many rows stand beside it.
  *
- * int8 products are those of gemmlowp-style dynamic quantisation: weights int8 with a scale per output, activations int8
- * with a scale per row, sums in int32. Weights are stored as w + 128 (the instruction multiplies unsigned by signed) in
- * panels [N / 32][K / 4][32][4], so that one panel stays in the first cache while the rows pass by.
+ * Products take weights in panels [N / 32][K][32] of units, in fp32 or in int8. A unit is 4 bytes: one float, or 4 codes
+ * of one row and column. int8 products are those of gemmlowp-style dynamic quantisation: weights int8 with a scale per
+ * output, stored as w + 128 (the instruction multiplies unsigned by signed), activations int8 with a scale per row, sums
+ * in int32.
  */
 #include <malloc.h>
 #include <math.h>
@@ -19,9 +20,12 @@ static int omp_get_num_threads(void) { return 1; }
 
 #define LANES 16
 #define PANEL 32
-#define TILE 12
-#define ROW_BLOCK 192 /* rows whose int8 form stays in the second cache while all panels pass */
-#define SMALL 256     /* rows up to which the threads share the panels, above it the rows */
+#define TILE 14
+#define PAIR 2              /* units of a turn of the innermost loop: rows are padded to a multiple */
+#define DEPTH 512           /* units of a row that lie together */
+#define STRIDE (DEPTH + 16) /* from row to row: a power of two would put all rows of a tile into the same few cache lines */
+#define HELD (128 * 1024)   /* units of the rows that stay in the second cache while all panels pass */
+#define SMALL 256           /* rows up to which the threads share the panels, above it the rows */
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -105,6 +109,14 @@ static void *scratch(int which, size_t size) {
  * one page fault per 4 KiB. */
 int keep_memory(void) { return mallopt(M_MMAP_THRESHOLD, 1 << 30) && mallopt(M_TRIM_THRESHOLD, 1 << 30); }
 
+int has_float(void) {
+#ifdef __AVX512F__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 int has_int8(void) {
 #ifdef __AVX512VNNI__
     return 1;
@@ -113,13 +125,27 @@ int has_int8(void) {
 #endif
 }
 
-#ifdef __AVX512VNNI__
+#ifdef __AVX512F__
 #include <immintrin.h>
 
-typedef struct { int8_t *codes; float *scales; int32_t *offsets; } Rows;
+typedef struct {
+    const int32_t *panels;
+    const float *scales; /* [outputs] of int8 weights; null: fp32 */
+    const float *bias;   /* [outputs] or null */
+    int width, outputs, activation;
+} Linear;
 
-/* A row to codes = round(127 x / max |x|), their scale, and 128 times their sum, which the weights' offset adds. */
-static void quantise(const float *x, int width, int depth, int8_t *codes, float *scale, int32_t *offset) {
+/* Rows as the tiles read them: units [blocks of DEPTH][rows][STRIDE]; of int8 each row's scale and 128 times its sum,
+ * which the weights' offset adds. */
+typedef struct { int32_t *units; float *scales; int32_t *offsets; long rows; } Rows;
+
+static int units_of(const Linear *l) {
+    int each = PAIR * (l->scales ? 4 : 1);
+    return (l->width + each - 1) / each * PAIR;
+}
+
+/* A row to codes = round(127 x / max |x|). */
+static void quantise(const float *x, int width, int depth, const Rows *to, long row) {
     vec top = ALL(0.0f);
     ivec bad = {0};
     for (int i = 0; i < width; i += LANES) {
@@ -134,86 +160,146 @@ static void quantise(const float *x, int width, int depth, int8_t *codes, float 
     for (int i = 0; i < depth; i += LANES) {
         __m512i q = _mm512_cvtps_epi32((__m512)(some(x + i, width - i) * inverse));
         added = _mm512_add_epi32(added, q);
-        _mm512_mask_cvtsepi32_storeu_epi8(codes + i, depth - i < LANES ? (1 << (depth - i)) - 1 : 0xffff, q);
+        int8_t *codes = (int8_t *)(to->units + (i / (4 * DEPTH) * to->rows + row) * STRIDE) + i % (4 * DEPTH);
+        _mm512_mask_cvtsepi32_storeu_epi8(codes, depth - i < LANES ? (1 << (depth - i)) - 1 : 0xffff, q);
     }
-    *scale = most < INFINITY ? most / 127.0f : NAN; /* a NaN or an infinity stays visible */
-    *offset = 128 * _mm512_reduce_add_epi32(added);
+    to->scales[row] = most < INFINITY ? most / 127.0f : NAN; /* a NaN or an infinity stays visible */
+    to->offsets[row] = 128 * _mm512_reduce_add_epi32(added);
 }
 
-/* sums += 4 unsigned x 4 signed bytes in each lane. The intrinsic does not broadcast from memory in gcc 12. */
-#define FOUR(sums, weights, four) \
-    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(weights), "m"(*(const int32_t(*)[1])(four)))
-
-typedef struct { const float *scales, *bias; int columns, activation; } Columns;
-
-static inline __attribute__((always_inline)) void finish(__m512i sums, int32_t offset, float scale, Columns c, int from, float *out) {
-    int count = c.columns - from;
-    if (count <= 0) return;
-    __mmask16 mask = count >= LANES ? 0xffff : (__mmask16)((1 << count) - 1);
-    vec y = (vec)_mm512_cvtepi32_ps(_mm512_sub_epi32(sums, _mm512_set1_epi32(offset)));
-    y *= scale * (vec)_mm512_maskz_loadu_ps(mask, c.scales + from);
-    if (c.bias) y += (vec)_mm512_maskz_loadu_ps(mask, c.bias + from);
-    _mm512_mask_storeu_ps(out + from, mask, (__m512)activated(y, c.activation));
+static void take(const Linear *l, const float *x, const Rows *to, long row) {
+    if (l->scales) {
+        quantise(x, l->width, 4 * units_of(l), to, row);
+        return;
+    }
+    for (int i = 0; i < l->width; i += DEPTH) {
+        int count = l->width - i < DEPTH ? l->width - i : DEPTH;
+        int32_t *units = to->units + (i / DEPTH * to->rows + row) * STRIDE;
+        memcpy(units, x + i, 4 * count);
+        units[count] = 0; /* the last of an odd width; there is room */
+    }
 }
 
-static inline __attribute__((always_inline)) void tile(
-    const int rows, const Rows *x, int first, int depth, const uint8_t *panel, Columns columns, float *out, long stride) {
-    const int8_t *codes = x->codes + (long)first * depth;
-    __m512i left[TILE], right[TILE];
-#pragma GCC unroll 12
-    for (int r = 0; r < rows; r++) left[r] = right[r] = _mm512_setzero_si512();
-    for (int k = 0; k < depth; k += 4, panel += 4 * PANEL) {
-        __m512i a = _mm512_loadu_si512(panel), b = _mm512_loadu_si512(panel + 64);
-#pragma GCC unroll 12
-        for (int r = 0; r < rows; r++) {
-            const int8_t *four = codes + (long)r * depth + k;
-            FOUR(left[r], a, four);
-            FOUR(right[r], b, four);
+/* sums += weights x one unit of a row. One line of assembly: gcc 12 puts the sums of an intrinsic on the stack. */
+#define FLOAT(sums, weights, unit) __asm__("vfmadd231ps %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(unit))
+#define INT8(sums, weights, unit) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(unit))
+
+/* The sums of some rows over one block and one panel. On the way it fetches `ahead` into the second cache: what of the
+ * weights comes after. */
+#define TILE_OF(ADD)                                                                                                     \
+    static inline __attribute__((always_inline)) void tile_##ADD(                                                        \
+        const int rows, const int32_t *x, const int32_t *weights, int depth, int first, long ahead, long step, __m512i *sums) { \
+        __m512i left[TILE], right[TILE];                                                                                 \
+        _Pragma("GCC unroll 14") for (int r = 0; r < rows; r++) {                                                        \
+            left[r] = first ? _mm512_setzero_si512() : sums[2 * r];                                                      \
+            right[r] = first ? _mm512_setzero_si512() : sums[2 * r + 1];                                                 \
+        }                                                                                                                \
+        const char *next = (const char *)(weights + (long)depth * PANEL) + ahead;                                        \
+        for (int k = 0; k < depth; k += PAIR)                                                                            \
+            _Pragma("GCC unroll 2") for (int j = 0; j < PAIR; j++, x++, weights += PANEL, next += step) {                \
+                __m512i a = _mm512_loadu_si512(weights), b = _mm512_loadu_si512(weights + LANES);                        \
+                _mm_prefetch(next, _MM_HINT_T1);                                                                         \
+                _Pragma("GCC unroll 14") for (int r = 0; r < rows; r++) {                                                \
+                    __m512i unit = _mm512_set1_epi32(x[r * STRIDE]);                                                     \
+                    ADD(left[r], a, unit);                                                                               \
+                    ADD(right[r], b, unit);                                                                              \
+                }                                                                                                        \
+            }                                                                                                            \
+        _Pragma("GCC unroll 14") for (int r = 0; r < rows; r++) sums[2 * r] = left[r], sums[2 * r + 1] = right[r];       \
+    }
+
+#define CASE(ADD, n) case n: tile_##ADD(n, x, weights, depth, first, ahead, step, sums); break;
+#define CASES(ADD)                                                                                                       \
+    switch (rows) {                                                                                                      \
+        CASE(ADD, 1) CASE(ADD, 2) CASE(ADD, 3) CASE(ADD, 4) CASE(ADD, 5) CASE(ADD, 6) CASE(ADD, 7)                       \
+        CASE(ADD, 8) CASE(ADD, 9) CASE(ADD, 10) CASE(ADD, 11) CASE(ADD, 12) CASE(ADD, 13) CASE(ADD, 14)                  \
+    }
+
+TILE_OF(FLOAT)
+#ifdef __AVX512VNNI__
+TILE_OF(INT8)
+#endif
+
+static void tile(
+    int int8, int rows, const int32_t *x, const int32_t *weights, int depth, int first, long ahead, long step, __m512i *sums) {
+#ifdef __AVX512VNNI__
+    if (int8) {
+        CASES(INT8)
+        return;
+    }
+#endif
+    CASES(FLOAT)
+}
+
+static void finish(const Linear *l, const Rows *x, int from, const __m512i *sums, float *out) {
+    for (int half = 0; half < 2; half++) {
+        int at = from + half * LANES, count = l->outputs - at;
+        if (count <= 0) return;
+        __mmask16 mask = count >= LANES ? 0xffff : (__mmask16)((1 << count) - 1);
+        vec scales = ALL(0.0f), bias = ALL(0.0f);
+        if (l->scales) scales = (vec)_mm512_maskz_loadu_ps(mask, l->scales + at);
+        if (l->bias) bias = (vec)_mm512_maskz_loadu_ps(mask, l->bias + at);
+        for (long r = 0; r < x->rows; r++) {
+            vec y = (vec)sums[2 * r + half];
+            if (l->scales) {
+                y = (vec)_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[2 * r + half], _mm512_set1_epi32(x->offsets[r])));
+                y *= x->scales[r] * scales;
+            }
+            _mm512_mask_storeu_ps(out + r * l->outputs + at, mask, (__m512)activated(y + bias, l->activation));
         }
     }
-#pragma GCC unroll 12
-    for (int r = 0; r < rows; r++) {
-        finish(left[r], x->offsets[first + r], x->scales[first + r], columns, 0, out + (first + r) * stride);
-        finish(right[r], x->offsets[first + r], x->scales[first + r], columns, LANES, out + (first + r) * stride);
-    }
 }
 
-static void tiles(int rows, const Rows *x, int first, int depth, const uint8_t *panel, Columns columns, float *out, long stride) {
-    for (int end = first + rows; first < end; first += TILE) {
-#define CASE(n) case n: tile(n, x, first, depth, panel, columns, out, stride); break;
-        switch (end - first < TILE ? end - first : TILE) {
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+/* All rows of x through some panels; `out`: of these rows. */
+static void panels(const Linear *l, const Rows *x, int first, int end, float *out) {
+    int units = units_of(l), tiles = (x->rows + TILE - 1) / TILE;
+    __m512i *sums = scratch(1, 2 * sizeof(__m512i) * x->rows);
+    long step = (4 * PANEL + tiles - 1) / tiles;
+    for (int p = first; p < end; p++) {
+        for (int k = 0; k < units; k += DEPTH) {
+            int depth = units - k < DEPTH ? units - k : DEPTH;
+            const int32_t *weights = l->panels + ((long)p * units + k) * PANEL;
+            for (int t = 0; t < tiles; t++) {
+                long from = x->rows * t / tiles, to = x->rows * (t + 1) / tiles;
+                const int32_t *rows = x->units + (k / DEPTH * x->rows + from) * STRIDE;
+                for (long r = from; r < to && !k; r++) { /* `finish` would wait for these lines */
+                    float *place = out + r * l->outputs + p * PANEL;
+                    for (int i = 0; i <= PANEL; i += LANES) __builtin_prefetch(place + i, 1);
+                }
+                tile(l->scales != 0, to - from, rows, weights, depth, k == 0, t * step * depth, step, sums + 2 * from);
+            }
         }
-#undef CASE
+        finish(l, x, p * PANEL, sums, out);
     }
 }
 
 /* out[rows, outputs] = activation(x[rows, width] W + bias); x has `x_stride` floats from row to row. */
-void linear_int8(
-    const float *x, long x_stride, int rows, int width, const uint8_t *panels, const float *scales,
-    const float *bias, int outputs, float *out, int activation) {
-    int depth = (width + 3) / 4 * 4, panel_count = (outputs + PANEL - 1) / PANEL;
-    char *memory = scratch(0, (size_t)rows * (depth + 8) + 64);
-    Rows q = {(int8_t *)(memory + 8L * rows), (float *)memory, (int32_t *)(memory + 4L * rows)};
+void linear(const Linear *l, const float *x, long x_stride, long rows, float *out) {
+    int units = units_of(l), panel_count = (l->outputs + PANEL - 1) / PANEL;
+    long row_units = (units + DEPTH - 1) / DEPTH * STRIDE, most = HELD / (units < DEPTH ? units : row_units);
+    most = most < TILE ? TILE : most > SMALL ? SMALL : most;
+    size_t size = (rows < most ? rows : most) * (4 * row_units + 8) + 64;
+    char *shared = rows <= SMALL ? scratch(0, size) : 0;
 #pragma omp parallel
     {
         int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        int from = (long)rows * thread / threads, to = (long)rows * (thread + 1) / threads;
-        for (int r = from; r < to; r++)
-            quantise(x + r * x_stride, width, depth, q.codes + (long)r * depth, q.scales + r, q.offsets + r);
-        int first_panel = 0, end_panel = panel_count;
-        if (rows <= SMALL) {
-#pragma omp barrier
-            first_panel = (long)panel_count * thread / threads, end_panel = (long)panel_count * (thread + 1) / threads;
-            from = 0, to = rows;
-        }
-        for (int block = from; block < to; block += ROW_BLOCK)
-            for (int p = first_panel; p < end_panel; p++) {
-                int at = p * PANEL;
-                Columns columns = {scales + at, bias ? bias + at : 0, outputs - at < PANEL ? outputs - at : PANEL, activation};
-                int count = to - block < ROW_BLOCK ? to - block : ROW_BLOCK;
-                tiles(count, &q, block, depth, panels + (long)at * depth, columns, out + at, outputs);
+        long from = shared ? 0 : rows * thread / threads, to = shared ? rows : rows * (thread + 1) / threads;
+        char *memory = shared ? shared : scratch(0, size);
+        for (; from < to; from += most) {
+            long count = to - from < most ? to - from : most;
+            float *scales = (float *)(memory + 4 * row_units * count);
+            Rows q = {(int32_t *)memory, scales, (int32_t *)(scales + count), count};
+            long mine = shared ? count * thread / threads : 0, end = shared ? count * (thread + 1) / threads : count;
+            for (; mine < end; mine++) take(l, x + (from + mine) * x_stride, &q, mine);
+            if (!shared) {
+                panels(l, &q, 0, panel_count, out + from * l->outputs);
+                continue;
             }
+#pragma omp barrier
+            int first = (long)panel_count * thread / threads, last = (long)panel_count * (thread + 1) / threads;
+            panels(l, &q, first, last, out + from * l->outputs);
+#pragma omp barrier
+        }
     }
 }
 #endif

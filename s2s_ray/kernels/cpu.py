@@ -1,4 +1,4 @@
-"""Generation's costly operations on a CPU, in C: int8 products with a scale per row, attention of one new position.
+"""Generation's costly operations on a CPU, in C: products in fp32 and int8, attention of one new position.
 
 torch's own int8 product (`quantized.linear_dynamic`) has one scale for all rows, so that a row's result would depend on
 its neighbours. The source is compiled once per machine, by the C compiler found there, into the user's cache folder;
@@ -26,7 +26,7 @@ from torch import Tensor
 _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("cpu.c")
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-std=gnu11")
-_PANEL = 32  # outputs; as in cpu.c
+_PANEL, _PAIR = 32, 2  # outputs and units of 4 bytes; as in cpu.c
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 
@@ -52,16 +52,27 @@ class _Attention(ctypes.Structure):
     )
 
 
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("panels", "scales", "bias")),
+        *((name, ctypes.c_int) for name in ("width", "outputs", "activation")),
+    )
+
+
 @functools.cache
 def library() -> Any | None:
     """The compiled functions, or None where they cannot be had; says why once, in the log."""
     if os.environ.get("S2S_RAY_CPU_KERNELS") == "0":
         return None
     try:
-        return ctypes.CDLL(str(_built()))
+        found = ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as error:
         _LOG.warning("the CPU kernels could not be built, so generation runs on plain torch: %s", error)
         return None
+    if found.has_float():
+        pointer = ctypes.c_void_p
+        found.linear.argtypes = (ctypes.POINTER(_Linear), pointer, ctypes.c_long, ctypes.c_long, pointer)
+    return found
 
 
 def _built() -> Path:
@@ -106,9 +117,21 @@ def keep_memory() -> None:
 
 
 @functools.cache
+def has_float() -> bool:
+    """Whether `pack_float` can be called."""
+    found = library()
+    return found is not None and bool(found.has_float())
+
+
+@functools.cache
 def _has_int8() -> bool:
     found = library()
     return found is not None and bool(found.has_int8())
+
+
+def pack_float(weight: Tensor, bias: Tensor | None, *, activation: str = "none") -> Callable[[Tensor], Tensor]:
+    """A projection fp32 `[..., I]` to `[..., O]`, weight `[O, I]`, whose sums run over the inputs in their order."""
+    return _Product(_panels(weight, 1), None, bias, weight.shape, activation)
 
 
 def pack_int8(weight: Tensor, bias: Tensor | None, *, activation: str = "none") -> Callable[[Tensor], Tensor]:
@@ -120,38 +143,36 @@ def pack_int8(weight: Tensor, bias: Tensor | None, *, activation: str = "none") 
     bias = None if bias is None else bias.float().contiguous()
     if not _has_int8():
         return functools.partial(_int8_in_torch, codes=codes.t(), scales=scales, bias=bias, activation=activation)
-    return functools.partial(
-        _int8, panels=_panels(codes), scales=scales.contiguous(), bias=bias, activation=_ACTIVATIONS[activation]
-    )
+    unsigned = (_panels(codes, 4).to(torch.int16) + 128).to(torch.uint8)
+    return _Product(unsigned, scales.contiguous(), bias, weight.shape, activation)
 
 
-def _panels(codes: Tensor) -> Tensor:
-    """`[O, I]` to `[O / 32, I / 4, 32, 4]`, unsigned: 128 is added."""
-    outputs, inputs = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -inputs % 4, 0, -outputs % _PANEL))
-    unsigned = (padded.to(torch.int16) + 128).to(torch.uint8)
-    return unsigned.unflatten(1, (-1, 4)).unflatten(0, (-1, _PANEL)).transpose(1, 2).contiguous()
+def _panels(weight: Tensor, together: int) -> Tensor:
+    """`[O, I]` to `[O / 32, I / together, 32, together]`, padded with zeros."""
+    outputs, inputs = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -inputs % (_PAIR * together), 0, -outputs % _PANEL))
+    return padded.unflatten(1, (-1, together)).unflatten(0, (-1, _PANEL)).transpose(1, 2).contiguous()
 
 
-def _int8(x: Tensor, *, panels: Tensor, scales: Tensor, bias: Tensor | None, activation: int) -> Tensor:
-    inputs, outputs = x.shape[-1], scales.numel()
-    rows = x.reshape(-1, inputs)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    out = x.new_empty(*x.shape[:-1], outputs)
-    library().linear_int8(  # type: ignore[union-attr]
-        ctypes.c_void_p(rows.data_ptr()),
-        ctypes.c_long(rows.stride(0)),
-        rows.shape[0],
-        inputs,
-        ctypes.c_void_p(panels.data_ptr()),
-        ctypes.c_void_p(scales.data_ptr()),
-        ctypes.c_void_p(None if bias is None else bias.data_ptr()),
-        outputs,
-        ctypes.c_void_p(out.data_ptr()),
-        activation,
-    )
-    return out
+class _Product:
+    """A compiled projection; holds what the C side points to."""
+
+    def __init__(
+        self, panels: Tensor, scales: Tensor | None, bias: Tensor | None, shape: Sequence[int], activation: str
+    ) -> None:
+        self._held = [panels, scales, None if bias is None else bias.contiguous()]
+        pointers = (None if t is None else t.data_ptr() for t in self._held)
+        self._outputs, self._inputs = shape
+        self._linear = _Linear(*pointers, self._inputs, self._outputs, _ACTIVATIONS[activation])
+        self._run = library().linear  # type: ignore[union-attr]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x if x.dim() == 2 else x.reshape(-1, self._inputs)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        out = x.new_empty(*x.shape[:-1], self._outputs)
+        self._run(self._linear, rows.data_ptr(), rows.stride(0), rows.shape[0], out.data_ptr())
+        return out
 
 
 def _int8_in_torch(x: Tensor, *, codes: Tensor, scales: Tensor, bias: Tensor | None, activation: str) -> Tensor:

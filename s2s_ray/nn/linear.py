@@ -34,16 +34,19 @@ def pack_weight(
 ) -> Projection:
     """As `pack_linear`, for a weight `[out, in]` and a bias `[out]` that stand alone.
 
-    On a CPU in fp32 the weight is stored once in oneDNN's blocked layout, which made products of 16 to 128 rows
-    1.1 to 4.3x as fast (docs/performance.md). int8 is for fp32 on a CPU; elsewhere SettingsError is raised.
+    On a CPU in fp32 the weight is stored once in panels, or without the compiled kernels in oneDNN's blocked layout
+    (docs/performance.md has the times of both). int8 is for fp32 on a CPU; elsewhere SettingsError is raised.
     """
     weight = weight.detach()
     bias = None if bias is None else bias.detach()
     if quantization is not None:
         check_quantization(quantization, weight.device, weight.dtype)
         return cpu.pack_int8(weight, bias, activation=activation)
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return _pack_onednn(weight, bias, activation)
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        if cpu.has_float():
+            return cpu.pack_float(weight, bias, activation=activation)
+        if torch.backends.mkldnn.is_available():
+            return _pack_onednn(weight, bias, activation)
     activate = ACTIVATIONS[activation]
     if weight.device.type == "cuda" and weight.dtype != torch.float32 and bias is not None and "gelu" in activation:
         return _with_gelu_epilogue(weight, bias, activate)

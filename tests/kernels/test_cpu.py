@@ -17,7 +17,7 @@ from s2s_ray.generation.cache import Cohort, DecoderCache
 from s2s_ray.kernels import cpu
 from s2s_ray.nn.linear import ACTIVATIONS, pack_weight
 
-ROWS = (1, 2, 11, 12, 13, 25, 256, 257, 500)  # tiles of 12 rows, blocks of 192, other threads' share from 257 on
+ROWS = (1, 2, 13, 14, 15, 29, 256, 257, 500)  # tiles of 14 rows, blocks of 256, other threads' share from 257 on
 
 
 def exact(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -31,7 +31,7 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Te
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
-@pytest.mark.parametrize(("inputs", "outputs"), [(5, 33), (64, 32), (130, 31), (512, 97)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(5, 33), (64, 32), (130, 31), (2100, 97)])
 def test_int8_is_its_definition_and_row_by_row(
     inputs: int, outputs: int, activation: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,6 +53,23 @@ def test_int8_is_its_definition_and_row_by_row(
     step = x.abs().amax(dim=1, keepdim=True) / 127 * weight.abs().max()
     assert ((alone - expected).abs() <= 1e-4 * expected.abs().clamp(min=1) + step).all()
     assert ((alone - expected).abs() > 1e-4 * expected.abs().clamp(min=1)).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize(("inputs", "outputs"), [(5, 33), (512, 32), (513, 31), (1100, 97)])
+def test_products_are_torchs_and_row_by_row(inputs: int, outputs: int, activation: str) -> None:
+    if not cpu.has_float():
+        pytest.skip("no C compiler or no AVX-512")
+    torch.manual_seed(inputs)
+    weight, bias, x = torch.randn(outputs, inputs), torch.randn(outputs), torch.randn(max(ROWS), inputs)
+    projection = pack_weight(weight, bias, activation=activation)
+    alone = torch.cat([projection(row[None]) for row in x])
+    for count in ROWS:
+        assert torch.equal(projection(x[:count]), alone[:count])
+    expected = ACTIVATIONS[activation](nn.functional.linear(x.double(), weight.double(), bias.double()))
+    torch.testing.assert_close(alone, expected.float(), rtol=1e-4, atol=1e-4)
+    x[3, inputs - 1] = float("nan")
+    assert projection(x).isnan().any(dim=1).nonzero().tolist() == [[3]]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
