@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -43,27 +44,31 @@ class JobProcess:
     def __init__(self, script: str, *arguments: str, prefix: Sequence[str] = (), **environment: str) -> None:
         """prefix: a command that starts the job in surroundings of its own."""
         self.marker = uuid.uuid4().hex
+        # Files and no pipes: nobody reads before the end, and Ray's messages about a lost node fill a pipe.
+        self._written = [tempfile.TemporaryFile("w+") for _ in ("stdout", "stderr")]  # noqa: SIM115
         self.process = subprocess.Popen(
             [*prefix, sys.executable, str(ROOT / "jobs" / script), *arguments],
             env=job_environment(**{MARKER: self.marker}, **environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            stdout=self._written[0],
+            stderr=self._written[1],
             cwd=ROOT,
         )
 
     def finish(self, timeout: float = 400) -> tuple[int, str, str]:
         """(exit code, stdout, stderr)"""
         try:
-            out, error = self.process.communicate(timeout=timeout)
+            code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
             raise
-        return self.process.returncode, out, error
+        for file in self._written:
+            file.seek(0)
+        out, error = (file.read() for file in self._written)
+        return code, out, error
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
 
     def replica_pids(self) -> list[int]:
         """Processes of this job's actors that are through with starting."""

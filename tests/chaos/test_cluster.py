@@ -32,7 +32,14 @@ ROWS, UNIT = int(os.environ.get("S2S_RAY_TEST_ROWS", "160")), 8
 UNITS = ROWS // UNIT
 PACE = 2.0  # seconds that each unit waits at its replica, so that a pool has the time to grow
 DATA = 80 * 2**20  # bytes of each node's object store
-QUICK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 6}
+QUICK = {  # in place of the 70 s after which Ray gives up a node that stands still, and 6 minutes a call to it
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 6,
+    "grpc_client_keepalive_time_ms": 20_000,
+    "grpc_client_keepalive_timeout_ms": 10_000,
+}
 Record = Callable[..., None]
 
 
@@ -55,6 +62,7 @@ class Nodes:
     def environment(self) -> dict[str, str]:
         failpoint = f"row.*:0:sleep={PACE / UNIT}"
         shared = {"S2S_RAY_FAILPOINT": failpoint, "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
+        shared |= {f"RAY_{name}": str(value) for name, value in QUICK.items()}
         return {**shared, "PYTHONPATH": str(ROOT), MARKER: self.marker, "OMP_NUM_THREADS": "1"}
 
     def add(self) -> None:
@@ -72,12 +80,17 @@ class Nodes:
     def start(self, flags: list[str]) -> JobProcess:
         """A job of this cluster."""
         environment = {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+        environment |= {f"RAY_{name}": str(value) for name, value in QUICK.items() if "keepalive" in name}
         self.jobs.append(JobProcess("generate.py", *flags, "--address", self.cluster.address, **environment))
         return self.jobs[-1]
 
-    def stop(self) -> None:
+    def stop_jobs(self) -> None:
+        """None may hold the CPUs of the next test."""
         for job in self.jobs:
-            job.process.kill()
+            job.kill()
+        self.jobs.clear()
+
+    def stop(self) -> None:
         self.cluster.shutdown()
         self._environment.undo()
 
@@ -91,11 +104,17 @@ def patiently(start: Callable[[], Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
+def started() -> Iterator[Nodes]:
     nodes = Nodes()
     nodes.add()
     yield nodes
     nodes.stop()
+
+
+@pytest.fixture
+def nodes(started: Nodes) -> Iterator[Nodes]:
+    yield started
+    started.stop_jobs()
 
 
 @pytest.fixture(scope="module")
