@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from s2s_ray import presets
 from s2s_ray.errors import InfrastructureError, SettingsError
-from s2s_ray.pipelines import finetune_plot
+from s2s_ray.pipelines import finetune_plot, trackers
 from s2s_ray.pipelines import plan as planning
 from s2s_ray.pipelines.cluster import ray_session
 from s2s_ray.pipelines.finetune_report import FinetuneReport, TrainingProgress, make_report
@@ -85,6 +85,7 @@ def prepare(settings: FinetuneSettings) -> Prepared:
     find_files(settings.input, output)  # refuses a file that is named twice
     inputs = [find_files([text], output) for text in settings.input]
     validation = [find_files(settings.validation_input, output)] if settings.validation_input else []
+    trackers.check(settings.log_to or ())
     preset = presets.resolve(settings.preset)
     document = _document(settings, inputs, validation, preset.digest)
     check_claim(output, document)
@@ -128,7 +129,9 @@ def _train(prepared: Prepared) -> dict[str, Any]:
     prepared = _with_new_tokens(prepared)
     settings = prepared.settings
     job = TokenJob(settings, prepared.preset_digest, prepared.ledger.root / "tokens")
-    with ray_session(settings.address):
+    values = dataclasses.asdict(settings)
+    tracked = trackers.tracked(settings.log_to or (), prepared.output, prepared.ledger.fingerprint, values)
+    with ray_session(settings.address), tracked as track:
         data = {"train": tokenise("train", prepared.units, prepared.counts, job)}
         sample: list[list[str] | None] = [[], [], None, None]
         if prepared.validation_units:
@@ -137,7 +140,7 @@ def _train(prepared: Prepared) -> dict[str, Any]:
             if settings.metrics:
                 sample = validation_sample(units, job)
         config = {
-            "settings": dataclasses.asdict(settings),
+            "settings": values,
             "preset_digest": prepared.preset_digest,
             "tokens": job.directory.url,
             "data": data,
@@ -151,7 +154,7 @@ def _train(prepared: Prepared) -> dict[str, Any]:
             device=settings.device,
             max_failures=settings.max_failures,
             storage=prepared.ledger.root / "ray",
-            show=TrainingProgress().show,
+            show=(TrainingProgress().show, track),
         )
     return _write_preset(prepared, data)
 

@@ -91,6 +91,9 @@ class FinetuneSettings:
         choices=("ddp", "fsdp"), identity=False,
     )  # fmt: skip
     log_every: int = setting(50, "steps from one line of figures to the next", int, unit="steps", identity=False)
+    log_to: tuple[str, ...] | None = setting(
+        None, "also send the figures to tensorboard (OUTPUT/tensorboard), wandb or mlflow", tuple, identity=False
+    )
     checkpoint_every: int = setting(500, "steps from one checkpoint to the next", int, unit="steps", identity=False)
     evaluate_every: int | None = setting(
         None, "steps from one evaluation to the next; by default with every checkpoint", int, unit="steps"

@@ -75,7 +75,7 @@ def fit(
             device=device,
             max_failures=0,
             storage=Location.parse(directory) / "ray",
-            show=partial(_show, options.get("epochs", 1), options.get("verbose", "auto")),
+            show=[partial(_show, options.get("epochs", 1), options.get("verbose", "auto"))],
         )
     task.backbone.train()  # forgets the weights that were packed for generation
     task.backbone.load_state_dict(load(state))

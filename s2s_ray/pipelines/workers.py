@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from s2s_ray.errors import InfrastructureError, S2SRayError
@@ -26,13 +26,13 @@ def run_workers(
     device: str | None,
     max_failures: int,
     storage: Location,
-    show: Callable[[Event], None],
+    show: Sequence[Callable[[Event], None]],
 ) -> Any:
     """Run `work` on every worker, between the fewest and the most; returns what rank 0's returned.
 
     device: "cpu", "cuda", or None for a GPU each where the cluster has some. max_failures: lost workers after which the
-    group is started anew. storage: a directory for Ray Train, deleted at the end. show: given each event of the
-    workers, in a thread. Raises the S2SRayError a worker raised, or InfrastructureError.
+    group is started anew. storage: a directory for Ray Train, deleted at the end. show: each is given every event
+    of the workers, in a thread. Raises the S2SRayError a worker raised, or InfrastructureError.
     """
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -77,7 +77,7 @@ def run_workers(
 class _Listener:
     """Hands on the workers' events as they come, in a thread; keeps the error one of them ended with."""
 
-    def __init__(self, events: Any, show: Callable[[Event], None]) -> None:
+    def __init__(self, events: Any, show: Sequence[Callable[[Event], None]]) -> None:
         self.error: S2SRayError | None = None
         self._events = events
         self._show = show
@@ -106,7 +106,8 @@ class _Listener:
             if event["kind"] == "error":
                 self.error = event["error"]
             else:
-                self._show(event)
+                for show in self._show:
+                    show(event)
 
 
 def _on_worker(group: dict[str, Any]) -> Any:

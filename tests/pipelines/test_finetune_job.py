@@ -58,6 +58,7 @@ def settings(data: Path, tiny_bart_dir: Path, tmp_path: Path) -> FinetuneSetting
         max_error_rate=0.05,
         num_workers="2",
         cpus_per_worker=0.5,
+        log_to=("tensorboard",),
         publish=str(tmp_path / "store" / "tiny"),
     )
 
@@ -99,6 +100,7 @@ def test_train_kill_publish_generate_evaluate(
     saved = json.loads((output / "report.json").read_text())
     assert all(0 < entry["mfu"] < 1 for entry in saved["log"])
     assert (output / "report.svg").read_text().count("<polyline") == 2
+    assert len(list((output / "tensorboard").iterdir())) == 2  # one an attempt
 
     start = tmp_path / "extended"
     extend_vocabulary(tiny_bart_dir, ["<new>"], start)
