@@ -9,8 +9,8 @@ from row_helpers import echo, prepare, process
 
 from s2s_ray.errors import InputError, LanguageError, SettingsError
 from s2s_ray.pipelines.generate import prepare as prepare_job
-from s2s_ray.pipelines.replica import MAX_ROW_BITS, _request
-from s2s_ray.pipelines.rows import ANSWER_SCHEMA, make_shard, read_unit
+from s2s_ray.pipelines.replica import MAX_ROW_BITS, _requests
+from s2s_ray.pipelines.rows import ANSWER_SCHEMA, WORK_SCHEMA, make_shard, read_unit
 from s2s_ray.pipelines.settings import GenerateSettings
 from s2s_ray.text.preprocessor import Seq2SeqLMPreprocessor
 
@@ -124,13 +124,18 @@ def test_a_rows_forced_tokens_go_into_its_request() -> None:
     from s2s_ray.generation.settings import GenerationSettings
 
     settings = GenerationSettings(eos_token_id=2)
-    line: dict[str, Any] = {"row": 7, "segment": 0, "token_ids": [5]}
-    own = {"forced_bos_token_id": None, "decoder_start_token_id": None}
-    assert _request(line | own, [5], settings) == (7, [5], settings)
-    routed = {"forced_bos_token_id": 9, "decoder_start_token_id": None}
-    row_id, _, changed = _request(line | routed | {"segment": 3}, [5], settings)
-    assert changed == settings.replace(forced_bos_token_id=9)
-    assert row_id == 7 + 3 * 2**MAX_ROW_BITS
+    work = WORK_SCHEMA.empty_table().to_pydict() | {"row": [7, 7, 8, 9], "segment": [0, 3, 0, 0]}
+    work = {name: work[name] or [None] * 4 for name in work} | {"token_ids": [[5], [6, 7], None, [8]]}
+    wanted, requests = _requests(pa.table(work, schema=WORK_SCHEMA), settings)
+    assert wanted == [0, 1, 3]
+    assert [(row, list(ids), own) for row, ids, own in requests] == [
+        *((7, [5], settings), (7 + 3 * 2**MAX_ROW_BITS, [6, 7], settings), (9, [8], settings))
+    ]
+    work["forced_bos_token_id"] = [None, 9, None, 9]
+    _, requests = _requests(pa.table(work, schema=WORK_SCHEMA).slice(1), settings)
+    assert [(row, list(ids)) for row, ids, _ in requests] == [(7 + 3 * 2**MAX_ROW_BITS, [6, 7]), (9, [8])]
+    assert requests[0][2] == settings.replace(forced_bos_token_id=9)
+    assert requests[0][2] is requests[1][2]
 
 
 def refused(preset: Path, directory: Path, error: type[Exception], message: str, **changes: Any) -> None:
