@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import ray.data
 
 LEAST_UNITS, MOST_UNITS = 4, 16  # in one engine at a time: the tail of one is filled by the next
-GPU_ROWS = 8192  # in an engine on a GPU, where units are small: several times what it decodes at one time
+GPU_ROWS = 32_768  # in an engine on a GPU, where units are small: many times what it decodes at one time
 TASK_CPUS = 0.25  # reading and committing wait for storage half of the time
 NO_PROGRESS_SECONDS = 1800.0
 INIT_DEATHS = 3  # of replicas in a row, while they load the model

@@ -5,7 +5,9 @@ filled with rows of the next. A unit whose worker died again and again goes alon
 """
 
 import asyncio
+import atexit
 import contextlib
+import gc
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -58,6 +60,9 @@ class Replica:
             ),
             num_threads,
         )
+        gc.collect()
+        gc.freeze()  # the collector need not walk through all of torch and the model again and again while rows come
+        atexit.register(gc.unfreeze)  # at the end it may, or nanobind's modules complain
         self._room = _Room()
         self._one_at_a_time = asyncio.Lock()
         self._suspects = 0

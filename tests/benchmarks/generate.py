@@ -11,6 +11,7 @@ table, and last one JSON line. A peer that is not there is named and left out.
 """
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -122,6 +123,8 @@ def _measure(contestants: list[Contestant], repeats: int) -> tuple[dict[str, lis
         runs = {c.label: stack.enter_context(c.enter()) for c in contestants}
         for c in contestants:
             runs[c.label](None if c.compiled else WARM_UP_ROWS)
+        gc.collect()
+        gc.freeze()  # or the collector walks through all that torch and transformers made, in somebody's turn
         for turn in range(repeats):
             for name, run in runs.items():
                 start = time.perf_counter()
