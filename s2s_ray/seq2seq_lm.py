@@ -206,7 +206,7 @@ class Seq2SeqLM:
     def _engine(self, tokens: int | None, slots: int | None, sampler: samplers.Sampler | None) -> Engine:
         custom = sampler if sampler is not None and sampler.is_custom else None
         speculation = self.speculation(sampler) if isinstance(sampler, samplers.SpeculativeSampler) else None
-        key = (tokens, slots, id(custom), speculation, self.device)
+        key = (tokens, slots, id(custom), speculation, self.device, torch.get_num_threads())
         if key not in self._engines:
             self._engines[key] = Engine(
                 self.backbone, max_batch_tokens=tokens, max_slots=slots, sampler=custom, speculation=speculation

@@ -52,10 +52,13 @@ class CohortDecoder:
 
     def next_rows(self, scheduler: Scheduler) -> tuple[Any, list[Request]] | None:
         """The rows to admit now and their kind."""
+        return scheduler.next_cohort(*self.used(), self.budget)
+
+    def used(self) -> tuple[int, int]:
+        """Slots and source tokens that are taken."""
         cohorts = [cohort for lane in self._lanes.values() for cohort in lane.cohorts]
-        used_slots = sum(cohort.num_sequences for cohort in cohorts)
-        used_tokens = sum(cohort.num_sequences * cohort.source_length for cohort in cohorts)
-        return scheduler.next_cohort(used_slots, used_tokens)
+        slots = sum(cohort.num_sequences for cohort in cohorts)
+        return slots, sum(cohort.num_sequences * cohort.source_length for cohort in cohorts)
 
     def admit(self, kind: tuple[Any, ...], requests: list[Request], limits: list[int]) -> None:
         """Encode the rows as a new cohort. Raises torch.OutOfMemoryError; nothing is held then."""

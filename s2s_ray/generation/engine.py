@@ -2,7 +2,8 @@
 
 Rows wait in the scheduler and are admitted a cohort at a time: encoded together, cross-attention projected once. They
 share every decoder step with all other live rows; a finished row is answered and its slot is refilled. How a step runs
-is the decoder's affair: `cohorts.py` on a CPU, `slots.py` on a GPU, `speculative.py` where asked for.
+is the decoder's affair: `cohorts.py` on a CPU, several of them by `workers.py`; `slots.py` on a GPU; `speculative.py`
+where asked for.
 """
 
 from collections.abc import Hashable, Iterable, Iterator
@@ -19,6 +20,7 @@ from s2s_ray.generation.samplers import Sampler
 from s2s_ray.generation.scheduler import Budget, Scheduler
 from s2s_ray.generation.slots import LONGEST_TARGET, SlotDecoder
 from s2s_ray.generation.speculative import Speculation, SpeculativeDecoder
+from s2s_ray.generation.workers import Workers, admit, worker_count
 from s2s_ray.models.backbone import Backbone
 
 _WINDOW = 4096  # requests read ahead of the decoder, at least, to be sorted by length
@@ -53,21 +55,27 @@ class Engine:
         sampler: Sampler | None = None,
         decoding: Literal["auto", "cohorts", "slots"] = "auto",
         speculation: Speculation | None = None,
+        num_workers: int | None = None,
     ) -> None:
         """max_batch_tokens: source tokens x beams decoded at one time; max_slots: sequences decoded at one time.
 
         sampler: only for a sampler with a `get_next_token` of its own; it then decides for every row. decoding: "auto"
         is "slots" (fixed places, captured steps) on CUDA and "cohorts" elsewhere. speculation: greedy rows alone,
-        several tokens a step.
+        several tokens a step. num_workers: on a CPU, decoders with rows of their own that share torch's threads (see
+        `Workers`); by default one for each thread, at most four; a sampler of one's own is called in one thread alone.
         """
-        for name, value in (("max_batch_tokens", max_batch_tokens), ("max_slots", max_slots)):
+        given = {"max_batch_tokens": max_batch_tokens, "max_slots": max_slots, "num_workers": num_workers}
+        for name, value in given.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise SettingsError(f"{name} must be a whole number of at least 1. Received: {value!r}")
         self.backbone = backbone
         self.device = next(backbone.parameters()).device
         on_cpu = self.device.type == "cpu"
         in_slots = speculation is None and (decoding == "slots" or (decoding == "auto" and not on_cpu))
-        slots = max_slots or (128 if on_cpu else 2048)
+        custom = sampler if sampler is not None and sampler.is_custom else None
+        alone = not on_cpu or in_slots or speculation is not None or custom is not None
+        workers = 1 if alone else worker_count(num_workers, max_slots)
+        slots = max_slots or (128 * workers if on_cpu else 2048)
         self._budget = Budget(
             slots=slots,
             tokens=max_batch_tokens or (16_384 if on_cpu else _UNBOUNDED),
@@ -80,10 +88,11 @@ class Engine:
         self._answers: list[Finished] = []
         self.stats = EngineStats()
         backbone.pack()
-        custom = sampler if sampler is not None and sampler.is_custom else None
-        self._decoder: CohortDecoder | SlotDecoder | SpeculativeDecoder
+        self._decoder: CohortDecoder | SlotDecoder | SpeculativeDecoder | Workers
         if speculation is not None:
             self._decoder = SpeculativeDecoder(backbone, self._budget, speculation)
+        elif workers > 1:
+            self._decoder = Workers(backbone, self._budget, workers)
         else:
             self._decoder = (SlotDecoder if in_slots else CohortDecoder)(backbone, self._budget, custom)
 
@@ -150,16 +159,7 @@ class Engine:
         return answers
 
     def _start(self, kind: Any, requests: list[Request]) -> None:
-        try:
-            self._decoder.admit(kind, requests, [self._limit(request) for request in requests])
-        except torch.OutOfMemoryError as error:
-            if len(requests) == 1:
-                self._answer([Finished(requests[0], error=RowErrorReason.OOM_SINGLE_ROW, message=str(error)[:200])])
-                return
-            middle = len(requests) // 2
-            self._start(kind, requests[:middle])
-            self._start(kind, requests[middle:])
-            return
+        self._answer(admit(self._decoder, kind, requests, [self._limit(request) for request in requests]))
         self.stats.source_tokens += sum(len(request.token_ids) for request in requests)
 
     def _answer(self, finished: list[Finished]) -> None:

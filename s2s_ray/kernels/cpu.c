@@ -16,6 +16,7 @@
 #else
 static int omp_get_thread_num(void) { return 0; }
 static int omp_get_num_threads(void) { return 1; }
+static void omp_set_num_threads(int count) { (void)count; }
 #endif
 
 #define LANES 16
@@ -108,6 +109,9 @@ static void *scratch(int which, size_t size) {
 /* Freed memory stays with the process. By default the large buffers of each layer go back to the system and come anew,
  * one page fault per 4 KiB. */
 int keep_memory(void) { return mallopt(M_MMAP_THRESHOLD, 1 << 30) && mallopt(M_TRIM_THRESHOLD, 1 << 30); }
+
+/* Of the calling thread alone. */
+void use_threads(int count) { omp_set_num_threads(count); }
 
 int has_float(void) {
 #ifdef __AVX512F__

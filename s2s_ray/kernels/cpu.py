@@ -116,6 +116,25 @@ def keep_memory() -> None:
         found.keep_memory()
 
 
+def use_threads(count: int) -> None:
+    """How many threads the operations of the calling thread use from now on: torch's, MKL's and ours. It leaves alone
+    what torch.set_num_threads would set for the whole process.
+    """
+    torch.get_num_threads()  # a thread's first question sets its number to the process's
+    library().use_threads(count)  # type: ignore[union-attr]
+    if (mkl := _mkl()) is not None:
+        mkl(count)
+
+
+@functools.cache
+def _mkl() -> Any | None:
+    found = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return ctypes.CDLL(str(found)).MKL_Set_Num_Threads_Local
+    except (OSError, AttributeError):  # another system, or a torch without MKL
+        return None
+
+
 @functools.cache
 def has_float() -> bool:
     """Whether `pack_float` can be called."""

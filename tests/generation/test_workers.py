@@ -1,0 +1,79 @@
+"""Decoders in threads over the same weights: every row once, the same tokens, and the caller's threads as they were."""
+
+import threading
+
+import pytest
+import torch
+
+from s2s_ray.errors import RowErrorReason, SettingsError
+from s2s_ray.generation.engine import Engine
+from s2s_ray.generation.requests import Request
+from s2s_ray.generation.workers import Workers, worker_count
+from s2s_ray.kernels import cpu
+from s2s_ray.models.backbone import Backbone
+from tests.generation.test_engine import CONFIG, backbone, mixed_requests, tokens_by_key  # noqa: F401
+from tests.models.contract import run, settings_of, sources
+
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no C compiler: one worker")
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_workers_give_every_row_once_and_leave_the_threads_alone(backbone: Backbone) -> None:  # noqa: F811
+    requests = mixed_requests()
+    engine = Engine(backbone, max_slots=32)
+    assert isinstance(engine._decoder, Workers)
+    answers = list(engine.generate(requests))
+    assert len(answers) == len(requests)
+    assert tokens_by_key(answers) == tokens_by_key(list(Engine(backbone, num_workers=1).generate(requests)))
+    assert torch.get_num_threads() == 2
+    fresh: list[int] = []
+    thread = threading.Thread(target=lambda: fresh.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert fresh == [2]
+
+
+def test_both_take_part(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    seen = set()
+    encode = backbone.encode
+
+    def noted(*inputs: torch.Tensor) -> torch.Tensor:
+        seen.add((threading.current_thread().name, torch.get_num_threads()))
+        return encode(*inputs)
+
+    monkeypatch.setattr(backbone, "encode", noted)
+    run(Engine(backbone, max_slots=32), sources(CONFIG, 60), settings_of(CONFIG, max_length=8))
+    assert len({name for name, threads in seen if threads == 1}) == 2
+    seen.clear()
+    run(Engine(backbone, max_slots=32), sources(CONFIG, 2), settings_of(CONFIG, max_length=8))
+    assert [threads for _, threads in seen] == [2]  # one cohort: its worker has both threads
+
+
+def test_a_failure_of_a_worker_reaches_the_caller(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    rows, settings = sources(CONFIG, 40), settings_of(CONFIG, max_length=8)
+
+    def scarce(*_: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    def broken(*_: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError("broken")
+
+    monkeypatch.setattr(backbone, "encode", scarce)
+    assert {a.error for a in run(Engine(backbone), rows, settings)} == {RowErrorReason.OOM_SINGLE_ROW}
+    monkeypatch.setattr(backbone, "encode", broken)
+    with pytest.raises(ZeroDivisionError, match="broken"):
+        list(Engine(backbone).generate(Request(i, row, settings) for i, row in enumerate(rows)))
+
+
+def test_how_many_there_are(backbone: Backbone) -> None:  # noqa: F811
+    assert [worker_count(None, slots) for slots in (None, 16, 31, 32, 64)] == [2, 1, 1, 2, 2]
+    assert (worker_count(1, None), worker_count(8, None)) == (1, 2)
+    with pytest.raises(SettingsError, match="num_workers"):
+        Engine(backbone, num_workers=0)
