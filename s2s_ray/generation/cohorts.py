@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from s2s_ray.generation.cache import Cohort, DecoderCache, closing_order
 from s2s_ray.generation.kinds import make_search, search_kind
 from s2s_ray.generation.requests import Finished, Request
 from s2s_ray.generation.scheduler import Budget, Scheduler
 from s2s_ray.generation.search import Search
+from s2s_ray.generation.selection import Best
 from s2s_ray.kernels import cpu
 from s2s_ray.models.backbone import Backbone
 
@@ -86,15 +88,19 @@ class CohortDecoder:
         newest = [lane.search.newest() for lane in lanes]
         cache = DecoderCache([cohort for lane in lanes for cohort in lane.cohorts])
         states = self.backbone.decode_states(torch.cat(newest), cache)
-        logits = self.backbone.project(states)
-        counts = [t.numel() for t in newest]
-        for lane, scores, hidden in zip(lanes, logits.split(counts), states.split(counts), strict=True):
-            parents = lane.search.advance(scores, hidden)
+        for lane, hidden in zip(lanes, states.split([t.numel() for t in newest]), strict=True):
+            parents = lane.search.advance(self._scores(lane.search, hidden), hidden)
             if parents is not None:
                 sizes = [cohort.num_rows for cohort in lane.cohorts]
                 for cohort, moved in zip(lane.cohorts, parents.split(sizes), strict=True):
                     cohort.reorder(moved)
         return [answer for kind in list(self._lanes) for answer in self._settle(kind)]
+
+    def _scores(self, search: Search, states: Tensor) -> Tensor | Best:
+        head, needs = self.backbone.packed, search.needs()
+        if needs is not None and isinstance(head, cpu.Product):
+            return head.best(states, needs[0], normaliser=needs[1])
+        return self.backbone.project(states)
 
     @property
     def slots(self) -> int:

@@ -93,9 +93,15 @@ class Search(ABC):
         index = (self.row["length"] - 1)[:, None, None].expand(-1, self.width, 1)
         return self.row["tokens"].gather(2, index).flatten()
 
-    def advance(self, logits: Tensor, states: Tensor) -> Tensor | None:
-        """Choose the next token of every sequence from logits `[N, V]`, which may be written to, and the hidden states
-        `[N, D]` that they were made of.
+    def needs(self) -> tuple[int, bool] | None:
+        """How many of the best tokens, and whether the normaliser too, are all that the next step reads of the logits;
+        None where it reads the whole of them.
+        """
+        return None
+
+    def advance(self, logits: Tensor | selection.Best, states: Tensor) -> Tensor | None:
+        """Choose the next token of every sequence from logits `[N, V]`, which may be written to, or from what `needs`
+        asked for, and the hidden states `[N, D]` that they were made of.
 
         Returns the source sequence of each, int64 `[R, W]`, where histories moved between sequences; None where not.
         """
@@ -107,7 +113,7 @@ class Search(ABC):
         return parents
 
     @abstractmethod
-    def _advance(self, logits: Tensor, states: Tensor) -> Tensor | None: ...
+    def _advance(self, logits: Any, states: Tensor) -> Tensor | None: ...
 
     def _reserve(self) -> None:
         if not self._held and self._capacity <= self.longest:
@@ -266,7 +272,11 @@ class SampleSearch(Search):
         settings = [self.requests[n // self.width].settings for n in drawn]
         self._warpers = Warpers(settings, self.device) if drawn else None
 
-    def _advance(self, logits: Tensor, states: Tensor) -> None:
+    def needs(self) -> tuple[int, bool] | None:
+        whole = self._constraints or self._drawn is not None or self._sampler is not None or self._scored
+        return None if whole else (1, False)
+
+    def _advance(self, logits: Any, states: Tensor) -> None:
         shape = (len(self.requests), self.width)
         raw = logits
         if self._constraints or self._drawn is not None or self._sampler is not None:
@@ -336,7 +346,10 @@ class BeamSearch(Search):
         settings = [r.settings for r in self.requests for _ in range(self.width)]
         self._warpers = Warpers(settings, self.device) if any(s.do_sample for s in settings) else None
 
-    def _advance(self, logits: Tensor, states: Tensor) -> Tensor:
+    def needs(self) -> tuple[int, bool] | None:
+        return None if self._constraints or self._warpers is not None else (self._candidates, True)
+
+    def _advance(self, logits: Any, states: Tensor) -> Tensor:
         rows, width = len(self.requests), self.width
         reading, prompt = self._forced()
         total, parents, tokens = self._best_candidates(logits)
@@ -358,10 +371,11 @@ class BeamSearch(Search):
         self._judge(reading, stops)
         return parents
 
-    def _best_candidates(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _best_candidates(self, logits: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The best continuations of each row: total score, parent beam, token, `[R, C]` each, best first."""
-        rows, candidates = len(self.requests), min(self._candidates, logits.shape[1])
-        if self._warpers is None and not self._constraints:
+        rows, needs = len(self.requests), self.needs()
+        candidates = self._candidates if isinstance(logits, tuple) else min(self._candidates, logits.shape[1])
+        if needs is not None:
             best, tokens, normaliser = selection.best(logits, candidates, normaliser=True)
             best = best - normaliser[:, None]  # type: ignore[index]
         else:

@@ -10,14 +10,17 @@ from torch.nn.functional import pad
 from s2s_ray import kernels
 
 _BLOCK = 128
+Best = tuple[Tensor, Tensor, Tensor | None]
 
 
-def best(scores: Tensor, count: int, *, normaliser: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def best(scores: Tensor | Best, count: int, *, normaliser: bool) -> Best:
     """scores `[N, V]` to their `count` best values fp32 `[N, C]`, best first, and their tokens int64 `[N, C]`.
 
     normaliser: also the log of the sum of exponentials, fp32 `[N]`. A row that holds a NaN or positive infinity has it
-    among its values.
+    among its values. What the output projection chose already (`Search.wanted`) is handed back.
     """
+    if isinstance(scores, tuple):
+        return scores
     kernel = kernels.load("selection", scores.device)
     if kernel is not None:
         values, tokens, total = kernel.best(scores.contiguous(), count)

@@ -16,6 +16,7 @@
 #else
 static int omp_get_thread_num(void) { return 0; }
 static int omp_get_num_threads(void) { return 1; }
+static int omp_get_max_threads(void) { return 1; }
 static void omp_set_num_threads(int count) { (void)count; }
 #endif
 
@@ -27,6 +28,7 @@ static void omp_set_num_threads(int count) { (void)count; }
 #define STRIDE (DEPTH + 16) /* from row to row: a power of two would put all rows of a tile into the same few cache lines */
 #define HELD (128 * 1024)   /* units of the rows that stay in the second cache while all panels pass */
 #define SMALL 256           /* rows up to which the threads share the panels, above it the rows */
+#define CHUNK 64            /* panels whose exponentials are summed together, whatever the number of threads */
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -96,7 +98,7 @@ static inline float largest(vec x) {
 
 /* Memory of this thread that is used again by its next call. */
 static void *scratch(int which, size_t size) {
-    static __thread struct { void *at; size_t size; } held[2];
+    static __thread struct { void *at; size_t size; } held[4];
     if (held[which].size < size) {
         free(held[which].at);
         held[which].size = (size + 4095) / 4096 * 4096;
@@ -184,6 +186,22 @@ static void take(const Linear *l, const float *x, const Rows *to, long row) {
     }
 }
 
+static long row_units_of(const Linear *l) { return (units_of(l) + DEPTH - 1) / DEPTH * STRIDE; }
+
+static long rows_held(const Linear *l) {
+    long most = HELD / (units_of(l) < DEPTH ? units_of(l) : row_units_of(l));
+    return most < TILE ? TILE : most > SMALL ? SMALL : most;
+}
+
+static Rows rows_at(char *memory, long row_units, long count) {
+    float *scales = (float *)(memory + 4 * row_units * count);
+    return (Rows){(int32_t *)memory, scales, (int32_t *)(scales + count), count};
+}
+
+static void take_share(const Linear *l, const float *x, long x_stride, const Rows *to, int thread, int threads) {
+    for (long r = to->rows * thread / threads; r < to->rows * (thread + 1) / threads; r++) take(l, x + r * x_stride, to, r);
+}
+
 /* sums += weights x one unit of a row. One line of assembly: gcc 12 puts the sums of an intrinsic on the stack. */
 #define FLOAT(sums, weights, unit) __asm__("vfmadd231ps %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(unit))
 #define INT8(sums, weights, unit) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(unit))
@@ -235,29 +253,81 @@ static void tile(
     CASES(FLOAT)
 }
 
+/* 16 columns of the product: their scales, biases and which of them there are. */
+typedef struct { vec scales, bias; __mmask16 mask; } Columns;
+
+static inline Columns columns(const Linear *l, int at) {
+    int count = l->outputs - at;
+    Columns c = {{0}, {0}, count >= LANES ? 0xffff : count > 0 ? (__mmask16)((1 << count) - 1) : 0};
+    if (l->scales) c.scales = (vec)_mm512_maskz_loadu_ps(c.mask, l->scales + at);
+    if (l->bias) c.bias = (vec)_mm512_maskz_loadu_ps(c.mask, l->bias + at);
+    return c;
+}
+
+static inline vec finished(const Linear *l, const Rows *x, long r, __m512i sums, const Columns *c) {
+    vec y = (vec)sums;
+    if (l->scales)
+        y = (vec)_mm512_cvtepi32_ps(_mm512_sub_epi32(sums, _mm512_set1_epi32(x->offsets[r]))) * (x->scales[r] * c->scales);
+    return activated(y + c->bias, l->activation);
+}
+
 static void finish(const Linear *l, const Rows *x, int from, const __m512i *sums, float *out) {
     for (int half = 0; half < 2; half++) {
-        int at = from + half * LANES, count = l->outputs - at;
-        if (count <= 0) return;
-        __mmask16 mask = count >= LANES ? 0xffff : (__mmask16)((1 << count) - 1);
-        vec scales = ALL(0.0f), bias = ALL(0.0f);
-        if (l->scales) scales = (vec)_mm512_maskz_loadu_ps(mask, l->scales + at);
-        if (l->bias) bias = (vec)_mm512_maskz_loadu_ps(mask, l->bias + at);
-        for (long r = 0; r < x->rows; r++) {
-            vec y = (vec)sums[2 * r + half];
-            if (l->scales) {
-                y = (vec)_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[2 * r + half], _mm512_set1_epi32(x->offsets[r])));
-                y *= x->scales[r] * scales;
-            }
-            _mm512_mask_storeu_ps(out + r * l->outputs + at, mask, (__m512)activated(y + bias, l->activation));
-        }
+        int at = from + half * LANES;
+        Columns c = columns(l, at);
+        if (!c.mask) return;
+        for (long r = 0; r < x->rows; r++)
+            _mm512_mask_storeu_ps(out + r * l->outputs + at, c.mask, (__m512)finished(l, x, r, sums[2 * r + half], &c));
     }
 }
 
-/* All rows of x through some panels; `out`: of these rows. */
-static void panels(const Linear *l, const Rows *x, int first, int end, float *out) {
+/* What is kept of a row in place of its outputs: the `count` greatest, greatest first, of equals the first, and where
+ * `tops` is not null the greatest of each chunk and the sum of exp(output - that), [chunks][all rows]. */
+typedef struct { float *values; int64_t *tokens; float *tops, *totals; int count; long rows; } Best;
+
+static inline void insert(const Best *b, long row, float value, int64_t token) {
+    float *values = b->values + row * b->count;
+    int64_t *tokens = b->tokens + row * b->count;
+    int at = b->count - 1;
+    if (!(value > values[at])) return;
+    for (; at > 0 && value > values[at - 1]; at--) values[at] = values[at - 1], tokens[at] = tokens[at - 1];
+    values[at] = value, tokens[at] = token;
+}
+
+static void choose(const Linear *l, const Rows *x, int panel, const __m512i *sums, const Best *b, vec *totals) {
+    Columns c[2] = {columns(l, panel * PANEL), columns(l, panel * PANEL + LANES)};
+    float *tops = b->tops ? b->tops + panel / CHUNK * b->rows : 0;
+    for (long r = 0; r < x->rows; r++) {
+        __m512 y[2], least = _mm512_set1_ps(b->values[(r + 1) * b->count - 1]);
+        for (int half = 0; half < 2; half++) {
+            y[half] = (__m512)finished(l, x, r, sums[2 * r + half], c + half);
+            __mmask16 bad = _mm512_cmp_ps_mask(y[half], y[half], _CMP_UNORD_Q); /* stays visible, as infinity */
+            y[half] = _mm512_mask_blend_ps(bad, y[half], _mm512_set1_ps(INFINITY));
+            y[half] = _mm512_mask_blend_ps(c[half].mask, _mm512_set1_ps(-INFINITY), y[half]);
+            for (unsigned above = _mm512_cmp_ps_mask(y[half], least, _CMP_GT_OQ); above; above &= above - 1) {
+                int lane = __builtin_ctz(above);
+                insert(b, r, ((vec)y[half])[lane], panel * PANEL + half * LANES + lane);
+            }
+        }
+        if (!tops) continue;
+        float top = _mm512_reduce_max_ps(_mm512_max_ps(y[0], y[1]));
+        if (panel % CHUNK == 0) tops[r] = -INFINITY, totals[r] = ALL(0.0f);
+        if (top > tops[r]) {
+            totals[r] *= exp_(ALL(tops[r] - top));
+            tops[r] = top;
+        }
+        float base = tops[r] > -INFINITY ? tops[r] : 0.0f;
+        totals[r] += exp_((vec)y[0] - base) + exp_((vec)y[1] - base);
+    }
+    if (tops && (panel % CHUNK == CHUNK - 1 || (panel + 1) * PANEL >= l->outputs))
+        for (long r = 0; r < x->rows; r++) b->totals[panel / CHUNK * b->rows + r] = sum(totals[r]);
+}
+
+/* All rows of x through some panels, to `out` of these rows or to what is best of them. */
+static void panels(const Linear *l, const Rows *x, int first, int end, float *out, const Best *best) {
     int units = units_of(l), tiles = (x->rows + TILE - 1) / TILE;
     __m512i *sums = scratch(1, 2 * sizeof(__m512i) * x->rows);
+    vec *totals = scratch(2, sizeof(vec) * x->rows);
     long step = (4 * PANEL + tiles - 1) / tiles;
     for (int p = first; p < end; p++) {
         for (int k = 0; k < units; k += DEPTH) {
@@ -266,22 +336,22 @@ static void panels(const Linear *l, const Rows *x, int first, int end, float *ou
             for (int t = 0; t < tiles; t++) {
                 long from = x->rows * t / tiles, to = x->rows * (t + 1) / tiles;
                 const int32_t *rows = x->units + (k / DEPTH * x->rows + from) * STRIDE;
-                for (long r = from; r < to && !k; r++) { /* `finish` would wait for these lines */
+                for (long r = from; r < to && !k && out; r++) { /* `finish` would wait for these lines */
                     float *place = out + r * l->outputs + p * PANEL;
                     for (int i = 0; i <= PANEL; i += LANES) __builtin_prefetch(place + i, 1);
                 }
                 tile(l->scales != 0, to - from, rows, weights, depth, k == 0, t * step * depth, step, sums + 2 * from);
             }
         }
-        finish(l, x, p * PANEL, sums, out);
+        if (out) finish(l, x, p * PANEL, sums, out);
+        else choose(l, x, p, sums, best, totals);
     }
 }
 
 /* out[rows, outputs] = activation(x[rows, width] W + bias); x has `x_stride` floats from row to row. */
 void linear(const Linear *l, const float *x, long x_stride, long rows, float *out) {
-    int units = units_of(l), panel_count = (l->outputs + PANEL - 1) / PANEL;
-    long row_units = (units + DEPTH - 1) / DEPTH * STRIDE, most = HELD / (units < DEPTH ? units : row_units);
-    most = most < TILE ? TILE : most > SMALL ? SMALL : most;
+    int panel_count = (l->outputs + PANEL - 1) / PANEL;
+    long row_units = row_units_of(l), most = rows_held(l);
     size_t size = (rows < most ? rows : most) * (4 * row_units + 8) + 64;
     char *shared = rows <= SMALL ? scratch(0, size) : 0;
 #pragma omp parallel
@@ -290,18 +360,59 @@ void linear(const Linear *l, const float *x, long x_stride, long rows, float *ou
         long from = shared ? 0 : rows * thread / threads, to = shared ? rows : rows * (thread + 1) / threads;
         char *memory = shared ? shared : scratch(0, size);
         for (; from < to; from += most) {
-            long count = to - from < most ? to - from : most;
-            float *scales = (float *)(memory + 4 * row_units * count);
-            Rows q = {(int32_t *)memory, scales, (int32_t *)(scales + count), count};
-            long mine = shared ? count * thread / threads : 0, end = shared ? count * (thread + 1) / threads : count;
-            for (; mine < end; mine++) take(l, x + (from + mine) * x_stride, &q, mine);
+            Rows q = rows_at(memory, row_units, to - from < most ? to - from : most);
+            take_share(l, x + from * x_stride, x_stride, &q, shared ? thread : 0, shared ? threads : 1);
             if (!shared) {
-                panels(l, &q, 0, panel_count, out + from * l->outputs);
+                panels(l, &q, 0, panel_count, out + from * l->outputs, 0);
                 continue;
             }
 #pragma omp barrier
             int first = (long)panel_count * thread / threads, last = (long)panel_count * (thread + 1) / threads;
-            panels(l, &q, first, last, out + from * l->outputs);
+            panels(l, &q, first, last, out + from * l->outputs, 0);
+#pragma omp barrier
+        }
+    }
+}
+
+/* The `count` greatest outputs of each row, [rows, count], greatest first, of equals the first; a NaN counts as
+ * infinity. `normaliser` [rows], or null: the logarithm of the sum of all exponentials. */
+void linear_best(
+    const Linear *l, const float *x, long x_stride, long rows, int count, float *values, int64_t *tokens, float *normaliser) {
+    int panel_count = (l->outputs + PANEL - 1) / PANEL, chunks = (panel_count + CHUNK - 1) / CHUNK;
+    long row_units = row_units_of(l), most = rows_held(l);
+    most = rows < most ? rows : most;
+    char *memory = scratch(0, most * (4 * row_units + 8) + 64);
+    int lists = omp_get_max_threads();
+    size_t list = (12L * count * most + 63) / 64 * 64;
+    char *kept = scratch(3, lists * list + 8L * chunks * most);
+    float *tops = (float *)(kept + lists * list);
+#pragma omp parallel
+    {
+        int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        for (long from = 0; from < rows; from += most) {
+            Rows q = rows_at(memory, row_units, rows - from < most ? rows - from : most);
+            take_share(l, x + from * x_stride, x_stride, &q, thread, threads);
+            int64_t *own = (int64_t *)(kept + thread * list);
+            Best b = {(float *)(own + count * q.rows), own, normaliser ? tops : 0, tops + chunks * q.rows, count, q.rows};
+            for (long i = 0; i < count * q.rows; i++) b.values[i] = -INFINITY, b.tokens[i] = 0;
+#pragma omp barrier
+            int first = chunks * thread / threads * CHUNK, last = chunks * (thread + 1) / threads * CHUNK;
+            panels(l, &q, first, last < panel_count ? last : panel_count, 0, &b);
+#pragma omp barrier
+            Best all = {values + from * count, tokens + from * count, 0, 0, count, q.rows};
+            for (long r = q.rows * thread / threads; r < q.rows * (thread + 1) / threads; r++) {
+                for (int i = 0; i < count; i++) all.values[r * count + i] = -INFINITY, all.tokens[r * count + i] = 0;
+                for (int t = 0; t < threads; t++)
+                    for (int i = 0; i < count; i++) {
+                        int64_t *theirs = (int64_t *)(kept + t * list);
+                        insert(&all, r, ((float *)(theirs + count * q.rows))[r * count + i], theirs[r * count + i]);
+                    }
+                if (!normaliser) continue;
+                float top = -INFINITY, total = 0;
+                for (int c = 0; c < chunks; c++) top = fmaxf(top, tops[c * q.rows + r]);
+                for (int c = 0; c < chunks; c++) total += expf(tops[c * q.rows + r] - top) * b.totals[c * q.rows + r];
+                normaliser[from + r] = top + logf(total);
+            }
 #pragma omp barrier
         }
     }

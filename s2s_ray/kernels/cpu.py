@@ -71,7 +71,9 @@ def library() -> Any | None:
         return None
     if found.has_float():
         pointer = ctypes.c_void_p
-        found.linear.argtypes = (ctypes.POINTER(_Linear), pointer, ctypes.c_long, ctypes.c_long, pointer)
+        product = (ctypes.POINTER(_Linear), pointer, ctypes.c_long, ctypes.c_long)
+        found.linear.argtypes = (*product, pointer)
+        found.linear_best.argtypes = (*product, ctypes.c_int, pointer, pointer, pointer)
     return found
 
 
@@ -150,7 +152,7 @@ def _has_int8() -> bool:
 
 def pack_float(weight: Tensor, bias: Tensor | None, *, activation: str = "none") -> Callable[[Tensor], Tensor]:
     """A projection fp32 `[..., I]` to `[..., O]`, weight `[O, I]`, whose sums run over the inputs in their order."""
-    return _Product(_panels(weight, 1), None, bias, weight.shape, activation)
+    return Product(_panels(weight, 1), None, bias, weight.shape, activation)
 
 
 def pack_int8(weight: Tensor, bias: Tensor | None, *, activation: str = "none") -> Callable[[Tensor], Tensor]:
@@ -163,7 +165,7 @@ def pack_int8(weight: Tensor, bias: Tensor | None, *, activation: str = "none") 
     if not _has_int8():
         return functools.partial(_int8_in_torch, codes=codes.t(), scales=scales, bias=bias, activation=activation)
     unsigned = (_panels(codes, 4).to(torch.int16) + 128).to(torch.uint8)
-    return _Product(unsigned, scales.contiguous(), bias, weight.shape, activation)
+    return Product(unsigned, scales.contiguous(), bias, weight.shape, activation)
 
 
 def _panels(weight: Tensor, together: int) -> Tensor:
@@ -173,7 +175,7 @@ def _panels(weight: Tensor, together: int) -> Tensor:
     return padded.unflatten(1, (-1, together)).unflatten(0, (-1, _PANEL)).transpose(1, 2).contiguous()
 
 
-class _Product:
+class Product:
     """A compiled projection; holds what the C side points to."""
 
     def __init__(
@@ -183,15 +185,26 @@ class _Product:
         pointers = (None if t is None else t.data_ptr() for t in self._held)
         self._outputs, self._inputs = shape
         self._linear = _Linear(*pointers, self._inputs, self._outputs, _ACTIVATIONS[activation])
-        self._run = library().linear  # type: ignore[union-attr]
+        self._library: Any = library()
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x if x.dim() == 2 else x.reshape(-1, self._inputs)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
         out = x.new_empty(*x.shape[:-1], self._outputs)
-        self._run(self._linear, rows.data_ptr(), rows.stride(0), rows.shape[0], out.data_ptr())
+        self._library.linear(self._linear, rows.data_ptr(), rows.stride(0), rows.shape[0], out.data_ptr())
         return out
+
+    def best(self, x: Tensor, count: int, *, normaliser: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The greatest outputs of each row of x `[N, I]`: as `selection.best`, of equals the first; no row of all
+        outputs is written. A NaN counts as infinity.
+        """
+        x, count = x.contiguous(), min(count, self._outputs)
+        values, tokens = x.new_empty(len(x), count), x.new_empty(len(x), count, dtype=torch.int64)
+        total = x.new_empty(len(x)) if normaliser else None
+        pointers = (None if t is None else t.data_ptr() for t in (values, tokens, total))
+        self._library.linear_best(self._linear, x.data_ptr(), x.stride(0), len(x), count, *pointers)
+        return values, tokens, total
 
 
 def _int8_in_torch(x: Tensor, *, codes: Tensor, scales: Tensor, bias: Tensor | None, activation: str) -> Tensor:

@@ -72,6 +72,33 @@ def test_products_are_torchs_and_row_by_row(inputs: int, outputs: int, activatio
     assert projection(x).isnan().any(dim=1).nonzero().tolist() == [[3]]
 
 
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize(("outputs", "count"), [(31, 1), (33, 40), (2048, 9), (5000, 1), (5000, 8)])
+def test_the_best_outputs_are_those_of_the_product(outputs: int, count: int, quantization: str | None) -> None:
+    torch.manual_seed(outputs)
+    bias = torch.randn(outputs)
+    bias[:32] = float("-inf") if outputs > 100 else 0.0
+    head = pack_weight(torch.randn(outputs, 24), bias, quantization=quantization)
+    if not isinstance(head, cpu.Product):
+        pytest.skip("no C compiler or no AVX-512")
+    x = torch.randn(300, 24)  # 300: more than one block
+    x[5] = 0.0 if outputs <= 100 else x[5]  # all outputs but the biases are equal
+    logits = head(x)
+    values, tokens, normaliser = head.best(x, count, normaliser=True)
+    expected, order = logits.sort(dim=1, descending=True, stable=True)  # of equals the first
+    assert torch.equal(values, expected[:, :count]) and torch.equal(tokens, order[:, :count])
+    assert normaliser is not None
+    torch.testing.assert_close(normaliser, logits.logsumexp(dim=1), rtol=1e-6, atol=1e-5)
+    alone = [head.best(row[None], count, normaliser=True)[2] for row in x[:20]]
+    threads = torch.get_num_threads()
+    cpu.use_threads(1)
+    one = head.best(x, count, normaliser=True)[2]
+    cpu.use_threads(threads)
+    assert torch.equal(normaliser, one) and torch.equal(normaliser[:20], torch.cat(alone))  # type: ignore[arg-type]
+    x[7, 3] = float("nan")
+    assert (head.best(x, count, normaliser=False)[0][:, 0] == float("inf")).nonzero().tolist() == [[7]]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_int8_hides_no_bad_value(value: float) -> None:
     projection = pack_weight(torch.randn(40, 16), None, quantization="int8")
