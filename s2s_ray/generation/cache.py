@@ -51,6 +51,7 @@ class Cohort:
         if self.native:
             lengths = torch.full((self.num_rows,), first.shape[1]) if padding_mask is None else padding_mask.sum(dim=1)
             self._lengths = lengths.to(torch.int32)
+            self._cross_parts = self._parts_of_cross()
         elif padding_mask is not None:
             bias = torch.zeros(padding_mask.shape, dtype=first.dtype, device=first.device)
             bias.masked_fill_(~padding_mask, float("-inf"))
@@ -59,6 +60,7 @@ class Cohort:
         self.age = 0
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
+        self._self_parts: list[cpu.Part] = []
         self._places: Tensor | None = None  # int32 [R, W, T]: which sequence of its row wrote each position's entry
         self._tables = position_tables
         self._self_bias: Tensor | None = None  # [1 or layers, R x H, W, T x W]
@@ -109,6 +111,8 @@ class Cohort:
             buffers[:] = [reference.new_empty(shape) for _ in self.cross]
             for new, previous in zip(buffers, old, strict=False):
                 new[:, :used] = previous[:, :used]
+        if self.native:
+            self._self_parts = self._parts_of_self()
 
     def attend_self(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query, key, value `[R x W, D]` of the newest position to its attention output `[R x W, D]`."""
@@ -127,12 +131,21 @@ class Cohort:
 
     def self_part(self, layer: int) -> cpu.Part:
         """What the compiled attention reads and writes of this layer's history."""
-        keys, values, places = self._keys[layer], self._values[layer], self._places
-        return cpu.part(keys, values, rows=self.num_rows, width=self.width, age=self.age, places=places)
+        part = self._self_parts[layer]
+        part.age, part.places = self.age, None if self._places is None else self._places.data_ptr()
+        return part
 
     def cross_part(self, layer: int) -> cpu.Part:
         """What the compiled attention reads of this layer's sources."""
-        return cpu.part(*self.cross[layer], rows=self.num_rows, width=self.width, lengths=self._lengths)
+        return self._cross_parts[layer]
+
+    def _parts_of_cross(self) -> list[cpu.Part]:
+        rows, width, lengths = self.num_rows, self.width, self._lengths
+        return [cpu.part(key, value, rows=rows, width=width, lengths=lengths) for key, value in self.cross]
+
+    def _parts_of_self(self) -> list[cpu.Part]:
+        each = zip(self._keys, self._values, strict=True)
+        return [cpu.part(keys, values, rows=self.num_rows, width=self.width) for keys, values in each]
 
     def table(self, layer: int) -> Tensor | None:
         """The layer's relative bias, `[H, P]`."""
@@ -182,6 +195,7 @@ class Cohort:
         self._places = None if self._places is None else self._places[rows]
         if self.native:
             self._lengths = self._lengths[rows]
+            self._cross_parts, self._self_parts = self._parts_of_cross(), self._parts_of_self()
 
     def _pairs(self, rows: list[int], device: torch.device) -> Tensor:
         heads = torch.arange(self.num_heads)

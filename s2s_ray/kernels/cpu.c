@@ -443,7 +443,13 @@ static inline long place(const int32_t *places, long position, long width) {
     return places ? position * width + places[position] : position;
 }
 
-static void scores_of(const float *query, const float *keys, const int32_t *places, long width, int count, int size, float *scores) {
+/* Both passes over a head's history fetch, place by place, what the next one reads: the values, the next head's keys. */
+static inline void fetch(const float *from, int size) {
+    for (int k = 0; k < size; k += LANES) __builtin_prefetch(from + k);
+}
+
+static void scores_of(
+    const float *query, const float *keys, const float *next, const int32_t *places, long width, int count, int size, float *scores) {
     for (int s = 0; s < count; s += LANES) {
         vec each[LANES];
         for (int i = 0; i < LANES; i++) {
@@ -451,6 +457,7 @@ static void scores_of(const float *query, const float *keys, const int32_t *plac
             const float *key = keys + place(places, at, width) * size;
             vec total = ALL(0.0f);
             for (int k = 0; k < size; k += LANES) total += some(query + k, size - k) * some(key + k, size - k);
+            fetch(next + (key - keys), size);
             each[i] = total;
         }
         *(vec *)(scores + s) = sums_of(each);
@@ -475,12 +482,14 @@ static void softmax(float *scores, int count) {
     for (int s = 0; s < padded; s += LANES) *(vec *)(scores + s) *= inverse;
 }
 
-static void weigh(const float *weights, const float *values, const int32_t *places, long width, int count, int size, float *out) {
+static void weigh(
+    const float *weights, const float *values, const float *next, const int32_t *places, long width, int count, int size, float *out) {
     for (int first = 0; first < size; first += 4 * LANES) {
         vec total[4] = {0};
         int left = size - first;
         for (int s = 0; s < count; s++) {
             const float *value = values + place(places, s, width) * size + first;
+            fetch(next + (value - values), size - first < 4 * LANES ? size - first : 4 * LANES);
             if (left >= 4 * LANES)
                 for (int j = 0; j < 4; j++) total[j] += weights[s] * *(const vec *)(value + j * LANES);
             else
@@ -515,14 +524,14 @@ static void attend_head(const Attention *a, const Part *part, long row, int head
     for (long w = 0; w < width; w++) {
         const int32_t *places = part->places ? part->places + (row * width + w) * count : 0;
         for (long k = 0; k < size; k++) query[k] = a->scale * a->query[(sequence + w) * a->stride + head * size + k];
-        scores_of(query, keys, places, width, count, size, scores);
+        scores_of(query, keys, values, places, width, count, size, scores);
         if (a->table)
             for (long s = 0; s < count; s++) {
                 long back = count - 1 - s;
                 scores[s] += a->table[head * a->table_length + (back < a->table_length ? back : a->table_length - 1)];
             }
         softmax(scores, count);
-        weigh(scores, values, places, width, count, size, a->out + ((sequence + w) * a->heads + head) * size);
+        weigh(scores, values, keys + part->capacity * size, places, width, count, size, a->out + ((sequence + w) * a->heads + head) * size);
     }
 }
 

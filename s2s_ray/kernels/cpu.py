@@ -69,8 +69,9 @@ def library() -> Any | None:
     except (OSError, subprocess.SubprocessError) as error:
         _LOG.warning("the CPU kernels could not be built, so generation runs on plain torch: %s", error)
         return None
+    pointer = ctypes.c_void_p
+    found.add_norm.argtypes = (*[pointer] * 5, ctypes.c_long, ctypes.c_long, ctypes.c_float)
     if found.has_float():
-        pointer = ctypes.c_void_p
         product = (ctypes.POINTER(_Linear), pointer, ctypes.c_long, ctypes.c_long)
         found.linear.argtypes = (*product, pointer)
         found.linear_best.argtypes = (*product, ctypes.c_int, pointer, pointer, pointer)
@@ -276,10 +277,6 @@ def add_norm(x: Tensor, y: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
     x, y = x.contiguous(), y.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
-    library().add_norm(  # type: ignore[union-attr]
-        *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (x, y, norm.weight, norm.bias, out)),
-        ctypes.c_long(x.numel() // width),
-        ctypes.c_long(width),
-        ctypes.c_float(norm.eps),
-    )
+    pointers = (None if t is None else t.data_ptr() for t in (x, y, norm.weight, norm.bias, out))
+    library().add_norm(*pointers, x.numel() // width, width, norm.eps)  # type: ignore[union-attr]
     return out

@@ -38,7 +38,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., D]` to `[..., D]`, in the dtype of `down`: T5 keeps that in fp32 where the rest is fp16."""
         up, down = self._packed or (self._up, self.down)
-        hidden = F.dropout(up(x), self.dropout, self.training)
+        hidden = F.dropout(up(x), self.dropout) if self.training else up(x)
         return down(hidden.to(self.down.weight.dtype))
 
     def _up(self, x: Tensor) -> Tensor:

@@ -78,9 +78,10 @@ class _Layer(nn.Module):
         self.dropout = shape.dropout
 
     def _residual(self, x: Tensor, norm: nn.Module, block: Callable[[Tensor], Tensor]) -> Tensor:
-        if self.pre_norm:
-            return clamp_overflow(x + F.dropout(block(norm(x)), self.dropout, self.training))
-        return add_norm(x, F.dropout(block(x), self.dropout, self.training), norm)
+        added = block(norm(x) if self.pre_norm else x)
+        if self.training:
+            added = F.dropout(added, self.dropout)
+        return clamp_overflow(x + added) if self.pre_norm else add_norm(x, added, norm)
 
 
 class EncoderLayer(_Layer):
