@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LEAST_UNITS, MOST_UNITS = 4, 16  # in one engine at a time: the tail of one is filled by the next
 GPU_ROWS = 32_768  # in an engine on a GPU, where units are small: many times what it decodes at one time
 TASK_CPUS = 0.25  # reading and committing wait for storage half of the time
-NO_PROGRESS_SECONDS = 1800.0
+STALL_SECONDS = 1800.0
 INIT_DEATHS = 3  # of replicas in a row, while they load the model
 RAY_STARTS = 3  # Ray gives its own processes 30 s to start, which may be too short on a busy machine
 
@@ -102,27 +102,29 @@ def ray_session(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def execute(dataset: "ray.data.Dataset") -> Iterator[dict[str, Any]]:
-    """The rows of the dataset as they come. Raises the S2SRayError a stage raised, else InfrastructureError."""
-    with execution(dataset):
+def execute(dataset: "ray.data.Dataset", stall_timeout: float = STALL_SECONDS) -> Iterator[dict[str, Any]]:
+    """The rows of the dataset as they come. Raises the S2SRayError a stage raised, else InfrastructureError, also when
+    nothing has moved for `stall_timeout` seconds.
+    """
+    with execution(dataset, stall_timeout):
         yield from dataset.iter_rows()
 
 
 @contextlib.contextmanager
-def execution(dataset: "ray.data.Dataset") -> Iterator[None]:
+def execution(dataset: "ray.data.Dataset", stall_timeout: float = STALL_SECONDS) -> Iterator[None]:
     """Around whatever executes the dataset: quiet, and with the errors of `execute`."""
     import ray.data.exceptions
 
     context = dataset.context
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
+    context.execution_no_progress_timeout_s = stall_timeout
     context.max_consecutive_actor_init_deaths = INIT_DEATHS
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield
     except ray.data.exceptions.ExecutionTimeoutError as error:
-        raise InfrastructureError(f"nothing moved for {NO_PROGRESS_SECONDS:.0f} s: {first_line(error)}") from error
+        raise InfrastructureError(f"nothing moved for {stall_timeout:.0f} s: {first_line(error)}") from error
     except Exception as error:  # whatever Ray raises, a rerun goes on from what is committed
         raise _cause(error) from error
 

@@ -148,7 +148,7 @@ def run_units(units: list[Unit], job: Job) -> Iterator[dict[str, Any]]:
         )
         .map(partial(commit_stage, job=job), num_cpus=resources.task_cpus)
     )
-    yield from execute(dataset)
+    yield from execute(dataset, job.settings.stall_timeout)
 
 
 def read_stage(row: dict[str, Any], job: Job) -> dict[str, Any]:

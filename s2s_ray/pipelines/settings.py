@@ -71,6 +71,13 @@ class GenerateSettings:
     gpus_per_replica: float | None = setting(
         None, "GPUs reserved per replica; by default 1 where the cluster has GPUs", float, unit="GPUs", identity=False
     )
+    stall_timeout: float = setting(
+        1800.0,
+        "the job ends with exit code 75 when nothing has moved for so long",
+        float,
+        unit="seconds",
+        identity=False,
+    )
     publish: str = setting(
         "auto", "rename: links on a local disk; copy; none: manifest only", choices=PUBLISH, identity=False
     )
@@ -93,6 +100,7 @@ class GenerateSettings:
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1", value)
         require(0 <= self.max_error_rate <= 1, "max_error_rate", "from 0 to 1", self.max_error_rate)
+        require(self.stall_timeout > 0, "stall_timeout", "above 0 seconds", self.stall_timeout)
         gpus = self.gpus_per_replica
         require(gpus is None or 0 <= gpus < 64, "gpus_per_replica", "from 0 to 64", gpus)
         require(bool(self.text_column), "text_column", "a column name", self.text_column)

@@ -117,7 +117,7 @@ def test_rays_directory_is_on_a_full_disk(
     table = pq.read_table(path).append_column("noise", pa.array(noise, pa.binary()))
     pq.write_table(table, path, row_group_size=UNIT, compression="none")
     output = tmp_path / "out"
-    job = flags([path], tiny_bart_dir, output)
+    job = [*flags([path], tiny_bart_dir, output), "--stall-timeout", "120"]
     small = {"RAY_TMPDIR": str(disk.path), "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(80 * MIB)}
     first = JobProcess("generate.py", *job, **small, **SLOW)
     try:

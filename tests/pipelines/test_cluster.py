@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from s2s_ray.errors import InfrastructureError, InputError
-from s2s_ray.pipelines import cluster
 from s2s_ray.pipelines.cluster import execute
 
 
@@ -24,14 +23,13 @@ def full_disk(row: dict[str, Any]) -> dict[str, Any]:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_no_progress_ends_the_job(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_progress_ends_the_job(local_ray: None) -> None:
     """I4"""
     import ray
 
-    monkeypatch.setattr(cluster, "NO_PROGRESS_SECONDS", 3.0)
     started = time.monotonic()
     with pytest.raises(InfrastructureError, match="nothing moved for 3 s"):
-        list(execute(ray.data.from_items([{"unit": 1}]).map(stuck)))
+        list(execute(ray.data.from_items([{"unit": 1}]).map(stuck), 3.0))
     assert time.monotonic() - started < 50
 
 

@@ -132,7 +132,7 @@ def test_identity_holds_what_changes_rows_and_nothing_else() -> None:
     outside = {f.name for f in dataclasses.fields(GenerateSettings)} - set(settings().identity())
     assert outside == {
         *("input", "preset", "output", "max_error_rate", "max_batch_tokens", "device"),
-        *("num_replicas", "gpus_per_replica", "publish", "dry_run", "address"),
+        *("num_replicas", "gpus_per_replica", "publish", "dry_run", "address", "stall_timeout"),
         *("draft_preset", "draft_tokens"),  # guesses: no token depends on them
     }
 
