@@ -114,8 +114,10 @@ class Cohort:
         if self.native:
             self._self_parts = self._parts_of_self()
 
-    def attend_self(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query, key, value `[R x W, D]` of the newest position to its attention output `[R x W, D]`."""
+    def attend_self_in_torch(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What DecoderCache, the one door to both, does where there is no compiled attention: query, key, value
+        `[R x W, D]` of the newest position to its attention output `[R x W, D]`.
+        """
         start, end = self.age * self.width, (self.age + 1) * self.width
         keys, values = self._keys[layer], self._values[layer]
         keys[:, start:end] = self._split(key)
@@ -123,10 +125,8 @@ class Cohort:
         bias = None if self._self_bias is None else self._self_bias[layer % len(self._self_bias)]
         return self._attend(query, keys[:, :end], values[:, :end], bias)
 
-    def attend_cross(self, layer: int, query: Tensor) -> Tensor:
-        """query `[R x W, D]` to its attention output over the row's source, `[R x W, D]`. Where the compiled attention
-        runs (`native`) there is no mask for this one: go through DecoderCache.
-        """
+    def attend_cross_in_torch(self, layer: int, query: Tensor) -> Tensor:
+        """The same for query `[R x W, D]` over the row's source, `[R x W, D]`."""
         return self._attend(query, *self.cross[layer], self.cross_bias)
 
     def self_part(self, layer: int) -> cpu.Part:
@@ -259,7 +259,7 @@ class DecoderCache:
             table = first.table(layer)
             return cpu.attend(parts, query, key, value, heads=first.num_heads, scale=first.scale, table=table)
         each = zip(self.cohorts, *(t.split(self._sizes) for t in (query, key, value)), strict=True)
-        return torch.cat([cohort.attend_self(layer, q, k, v) for cohort, q, k, v in each])
+        return torch.cat([cohort.attend_self_in_torch(layer, q, k, v) for cohort, q, k, v in each])
 
     def attend_cross(self, layer: int, query: Tensor) -> Tensor:
         """query `[N, D]` to the attention output `[N, D]` over each row's source."""
@@ -268,4 +268,4 @@ class DecoderCache:
             parts = [cohort.cross_part(layer) for cohort in self.cohorts]
             return cpu.attend(parts, query, heads=first.num_heads, scale=first.scale)
         each = zip(self.cohorts, query.split(self._sizes), strict=True)
-        return torch.cat([cohort.attend_cross(layer, q) for cohort, q in each])
+        return torch.cat([cohort.attend_cross_in_torch(layer, q) for cohort, q in each])
