@@ -137,7 +137,9 @@ class Cohort:
 
     def cross_part(self, layer: int) -> cpu.Part:
         """What the compiled attention reads of this layer's sources."""
-        return self._cross_parts[layer]
+        part = self._cross_parts[layer]
+        part.width = self.width  # which speculative decoding changes from step to step
+        return part
 
     def _parts_of_cross(self) -> list[cpu.Part]:
         rows, width, lengths = self.num_rows, self.width, self._lengths
