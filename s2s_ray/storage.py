@@ -6,12 +6,9 @@ Two of them are atomic and durable: `write_atomic` (a reader sees the old bytes 
 
 import contextlib
 import errno
-import fnmatch
 import hashlib
 import os
 import shutil
-import signal
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,12 +19,11 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from s2s_ray.errors import InfrastructureError, InputError, S2SRayError
+from s2s_ray.failpoints import failpoint
 from s2s_ray.jsonio import canonical_json, strict_json
 
-__all__ = ["Location", "canonical_json", "failpoint", "sha256_bytes", "sha256_file", "strict_json"]
+__all__ = ["Location", "canonical_json", "sha256_bytes", "sha256_file", "strict_json"]
 
-FAILPOINT_VARIABLE = "S2S_RAY_FAILPOINT"
-FAILPOINT_EXIT_CODE = 86
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _PROTOCOLS = {"file", "memory", *_EXTRAS, "az", "abfs", "abfss", "hdfs", "webhdfs", "hf", "http", "https"}
 # Here pipe_file(mode="create") is one conditional request (If-None-Match, ifGenerationMatch=0), or in memory.
@@ -301,42 +297,6 @@ def sha256_file(path: "str | os.PathLike[str] | Location") -> str:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-_failpoint_calls: dict[str, int] = {}
-_failpoint_memory: list[bytes] = []
-
-
-def failpoint(name: str) -> None:
-    """Test hook: S2S_RAY_FAILPOINT="name:nth:action[,...]" acts at the nth call of `name` in this process.
-
-    A name may be a pattern ("*": any). nth 0 acts at every call. Actions: exit and kill (the process ends at once, by
-    itself or by SIGKILL), eio and enospc (OSError), sleep=SECONDS, memory=MIB (so much more is taken and kept).
-    """
-    setting = os.environ.get(FAILPOINT_VARIABLE)
-    if not setting:
-        return
-    for entry in setting.split(","):
-        wanted, nth, action = entry.split(":", 2)
-        if fnmatch.fnmatchcase(name, wanted):
-            _failpoint_calls[entry] = _failpoint_calls.get(entry, 0) + 1
-            if int(nth) in (0, _failpoint_calls[entry]):
-                _fail(name, action)
-
-
-def _fail(name: str, action: str) -> None:
-    if action == "exit":
-        os._exit(FAILPOINT_EXIT_CODE)
-    if action == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if action.startswith("sleep="):
-        time.sleep(float(action.removeprefix("sleep=")))
-        return
-    if action.startswith("memory="):
-        _failpoint_memory.append(b"\1" * (int(action.removeprefix("memory=")) * 2**20))
-        return
-    code = {"eio": errno.EIO, "enospc": errno.ENOSPC}[action]
-    raise OSError(code, f"{os.strerror(code)} (failpoint {name})")
 
 
 def _check_url(text: str, scheme: str, rest: str) -> None:

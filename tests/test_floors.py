@@ -15,6 +15,7 @@ PACKAGE = ROOT / "s2s_ray"
 FLOORS = {
     "s2s_ray": 0,
     "s2s_ray.errors": 0,
+    "s2s_ray.failpoints": 0,
     "s2s_ray.jsonio": 0,
     "s2s_ray.storage": 0,
     "s2s_ray.text": 0,

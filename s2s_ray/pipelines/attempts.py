@@ -8,9 +8,10 @@ an end is all that is left of it, whatever killed it.
 import uuid
 from dataclasses import dataclass
 
+from s2s_ray.failpoints import failpoint
 from s2s_ray.pipelines.ledger import Ledger
 from s2s_ray.pipelines.retries import create, retrying
-from s2s_ray.storage import Location, failpoint
+from s2s_ray.storage import Location
 
 STARTS = 3  # of a unit among others, and of a row alone; then it is to blame
 

@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from s2s_ray.errors import FingerprintError, InfrastructureError, InputError
+from s2s_ray.failpoints import failpoint
 from s2s_ray.pipelines import plan as planning
 from s2s_ray.pipelines.plan import Plan
 from s2s_ray.pipelines.retries import create, retrying
-from s2s_ray.storage import Location, canonical_json, failpoint, sha256_bytes, strict_json
+from s2s_ray.storage import Location, canonical_json, sha256_bytes, strict_json
 
 WORK, MANIFEST = "_s2s", "_manifest.json"
 THREADS = 32

@@ -16,13 +16,13 @@ import numpy as np
 import pyarrow as pa
 
 from s2s_ray.errors import RowErrorReason
+from s2s_ray.failpoints import FAILPOINT_VARIABLE, failpoint
 from s2s_ray.generation.requests import Finished, Request
 from s2s_ray.generation.settings import GenerationSettings
 from s2s_ray.pipelines.attempts import STARTS, Attempts
 from s2s_ray.pipelines.engine_thread import EngineFailedError, EngineThread, is_out_of_memory
 from s2s_ray.pipelines.rows import ANSWER_SCHEMA, ROUTED, Job, brief, from_ipc, to_ipc
 from s2s_ray.pipelines.segments import EMPTY
-from s2s_ray.storage import FAILPOINT_VARIABLE, failpoint
 
 MAX_ROW_BITS = 40  # of the 64 of a request's id; the rest numbers the sentences of a row
 HOPELESS_ROWS = 3  # if the first rows tried one by one all fail, it is not the rows

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from s2s_ray.errors import InfrastructureError, PresetError, PresetIntegrityError, S2SRayError
+from s2s_ray.failpoints import failpoint
 from s2s_ray.presets.manifest import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
     Manifest,
     is_preset_file,
 )
-from s2s_ray.storage import Location, canonical_json, failpoint, sha256_bytes
+from s2s_ray.storage import Location, canonical_json, sha256_bytes
 
 CACHE_VARIABLE = "S2S_RAY_CACHE"
 LOCK_PATIENCE = 600.0  # seconds; then the holder is taken for hung, and fetching twice for the better evil

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from s2s_ray.errors import PresetError
+from s2s_ray.failpoints import failpoint
 from s2s_ray.presets.manifest import seal, strangers
-from s2s_ray.storage import failpoint, fsync
+from s2s_ray.storage import fsync
 
 
 @contextmanager

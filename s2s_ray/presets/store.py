@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s2s_ray.errors import PresetError, PresetIntegrityError
+from s2s_ray.failpoints import failpoint
 from s2s_ray.presets.cache import fetch
 from s2s_ray.presets.handles import PRESET_NAME
 from s2s_ray.presets.manifest import MANIFEST_FILE, Manifest, is_digest, strangers, verified_manifest
 from s2s_ray.presets.weights import WeightFiles
-from s2s_ray.storage import Location, canonical_json, failpoint, strict_json
+from s2s_ray.storage import Location, canonical_json, strict_json
 
 _MAX_RACES = 1000
 

@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from s2s_ray.errors import PresetIntegrityError
+from s2s_ray.failpoints import failpoint
 from s2s_ray.presets.cache import fetch
 from s2s_ray.presets.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest, seal
 from s2s_ray.presets.saving import new_preset
-from s2s_ray.storage import Location, canonical_json, failpoint, strict_json
+from s2s_ray.storage import Location, canonical_json, strict_json
 
 STATE_FILE, TENSORS_FILE = "trainer.json", "trainer.safetensors"
 _PREFIX = "step-"

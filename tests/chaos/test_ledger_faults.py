@@ -10,12 +10,13 @@ from checker import check
 from job_helpers import wait_for, write_input
 from ledger_run import LedgerRun, exit_code, in_child, new_output
 
-from s2s_ray import storage
+from s2s_ray import failpoints
 from s2s_ray.errors import InfrastructureError, VerificationError
+from s2s_ray.failpoints import FAILPOINT_EXIT_CODE, FAILPOINT_VARIABLE
 from s2s_ray.pipelines.ledger import Shard
 from s2s_ray.pipelines.plan import Unit
 from s2s_ray.pipelines.publish import build_manifest, finished, verify
-from s2s_ray.storage import FAILPOINT_EXIT_CODE, Location
+from s2s_ray.storage import Location
 
 OPERATIONS = 75  # at least so many points of failure are in one small run
 TEXTS = [f"text {row}" for row in range(22)]
@@ -38,10 +39,10 @@ def assert_sound(inputs: list[str], output: str) -> None:
 def count_operations(run: LedgerRun, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many points of failure one whole run passes."""
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "_failpoint_calls", {})
-        patch.setenv(storage.FAILPOINT_VARIABLE, "*:0:sleep=0")
+        patch.setattr(failpoints, "_calls", {})
+        patch.setenv(FAILPOINT_VARIABLE, "*:0:sleep=0")
         run.drive()
-        return sum(storage._failpoint_calls.values())
+        return sum(failpoints._calls.values())
 
 
 @pytest.mark.parametrize("number,action", enumerate(["exit", "eio", "enospc"]))

@@ -1,7 +1,7 @@
 """P8: a replica that takes more memory than there is, at a marked row, and is killed for it: by Ray, by the kernel.
 
 Long: --full. The job lives in a memory cgroup of its own, which it sees as the machine's memory, as in a container;
-skipped where that is not allowed. `storage.failpoint` takes the memory.
+skipped where that is not allowed. `failpoints.py` takes the memory.
 """
 
 import subprocess

@@ -13,8 +13,9 @@ from job_helpers import write_input
 from ledger_run import LedgerRun, exit_code, in_child
 from proxy import FaultProxy
 
+from s2s_ray.failpoints import FAILPOINT_EXIT_CODE
 from s2s_ray.pipelines.publish import finished, verify
-from s2s_ray.storage import FAILPOINT_EXIT_CODE, Location
+from s2s_ray.storage import Location
 
 SEED = 20250
 ROWS = 22

@@ -8,11 +8,12 @@ from job_helpers import write_input
 from ledger_run import LedgerRun, exit_code, in_child, new_output
 
 from s2s_ray.errors import OwnedElsewhereError, VerificationError
+from s2s_ray.failpoints import FAILPOINT_EXIT_CODE
 from s2s_ray.pipelines.attempts import Attempts
 from s2s_ray.pipelines.clean import clean
 from s2s_ray.pipelines.lease import Lease
 from s2s_ray.pipelines.publish import verify
-from s2s_ray.storage import FAILPOINT_EXIT_CODE, Location
+from s2s_ray.storage import Location
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,11 @@ from functools import partial
 from pathlib import Path
 
 from s2s_ray.errors import PresetError
+from s2s_ray.failpoints import FAILPOINT_EXIT_CODE
 from s2s_ray.presets import cache
 from s2s_ray.presets.manifest import Manifest
 from s2s_ray.presets.store import PresetStore
-from s2s_ray.storage import FAILPOINT_EXIT_CODE, Location, sha256_bytes
+from s2s_ray.storage import Location, sha256_bytes
 
 SEED = 11
 

@@ -9,7 +9,8 @@ import torch
 
 from s2s_ray import Seq2SeqLM
 from s2s_ray.errors import PresetIntegrityError
-from s2s_ray.storage import FAILPOINT_VARIABLE, Location, _failpoint_calls
+from s2s_ray.failpoints import FAILPOINT_VARIABLE, _calls
+from s2s_ray.storage import Location
 from s2s_ray.training import checkpoint as files
 from s2s_ray.training.checkpoint import Checkpoints, Writer
 
@@ -44,7 +45,7 @@ def test_a_crash_or_damage_falls_back_to_the_checkpoint_before(
     failures = 0
     every = 1 if checkpoints.directory.is_local else 6
     for nth in range(1, 60, every):  # fail at every operation of storage in turn, until the write gets through
-        _failpoint_calls.clear()
+        _calls.clear()
         monkeypatch.setenv(FAILPOINT_VARIABLE, f"*:{nth}:enospc")
         try:
             checkpoints.write(15, partial(fill, task, 15))
