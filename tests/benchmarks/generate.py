@@ -131,6 +131,7 @@ def _measure(contestants: list[Contestant], repeats: int) -> tuple[dict[str, lis
                 outputs[name] = run(None)
                 times[name].append(time.perf_counter() - start)
                 print(f"turn {turn + 1}, {name}: {times[name][-1]:.1f} s", file=sys.stderr, flush=True)
+    gc.unfreeze()  # or nanobind's modules complain at the end
     return times, outputs
 
 
