@@ -95,6 +95,7 @@ def recompute_activations(backbone: Backbone) -> None:
 
 def compile_layers(backbone: Backbone, backend: str = "inductor") -> None:
     """Compile each layer, one program for all encoder layers and one for all decoder layers, whatever the shapes."""
+    torch._dynamo.config.optimize_ddp = False  # it would cut a large layer's program to let gradients out earlier
     for layer in (*backbone.encoder_layers, *backbone.decoder_layers):
         layer.compile(dynamic=True, fullgraph=True, backend=backend)
 

@@ -1,7 +1,7 @@
 """Training beside transformers, in turn, on the same rows with the same weights: real tokens a second, MFU, memory.
 
     python -m tests.benchmarks.train --shape bart-large --device cuda --steps 30 --repeats 3
-    python -m tests.benchmarks.train --shape bart-large --gpus 2
+    python -m tests.benchmarks.train --shape bart-large --gpus 2 --profile
     python -m tests.benchmarks.train --shape bart-base --device cuda --check
     python -m tests.benchmarks.train --shape tiny --device cpu --steps 5 --batch-tokens 4096 --peer-rows 8
 
@@ -32,7 +32,7 @@ import torch
 from s2s_ray.models.bart import BartBackbone
 from s2s_ray.models.loading import initialise
 from s2s_ray.training.arithmetic import matrix_rate
-from s2s_ray.training.batches import BatchPlan, Examples, Ragged
+from s2s_ray.training.batches import Batch, BatchPlan, Examples, Ragged
 from s2s_ray.training.distributed import World, compile_layers, distribute
 from s2s_ray.training.feed import on_device
 from s2s_ray.training.optimizers import OptimizerSettings, build_optimizer
@@ -86,45 +86,54 @@ def operations(name: str, rows: Examples, chosen: Any) -> float:
     return float(3 * 2 * (encoded + decoded + t * vocabulary * d).sum())
 
 
+class Ours:
+    """`TrainStep` on token-bucketed batches, alone or as one worker of a process group."""
+
+    def __init__(self, args: argparse.Namespace, rows: Examples, state: Weights | None, tokens: int, compiled: bool):
+        self.shape, self.rows = args.shape, rows
+        self.world = World.current(torch.device(args.device))
+        self.backbone = backbone = BartBackbone(make_config(args.shape))
+        if state is None:
+            torch.manual_seed(0)
+            initialise(backbone, 0.02)
+        else:
+            backbone.load_state_dict({name: state[backbone.checkpoint_name(name)] for name in backbone.state_dict()})
+        backbone.to(self.world.device).train()
+        if compiled:
+            compile_layers(backbone)
+        model = distribute(backbone, self.world, "ddp")
+        settings = OptimizerSettings(name="adamw", learning_rate=1e-5, weight_decay=0.01)
+        optimizer, _ = build_optimizer(settings, backbone, None)
+        precision: Any = "bf16" if self.world.device.type == "cuda" else "fp32"
+        self.step = TrainStep(model, optimizer, clip_norm=1.0, precision=precision, world_size=self.world.size)
+        plan = BatchPlan(rows.sources.lengths, rows.labels.lengths, batch_tokens=tokens)
+        self.steps = StepPlan(plan, self.world.size * args.accumulate, epochs=None, max_steps=1_000)
+        batches = worker_batches(rows, copy.copy(self.steps), 0, self.world.rank, self.world.size)
+        self.stream = on_device(batches, self.world.device)
+
+    def __call__(self, count: int) -> tuple[int, int, float]:
+        totals, flops = Totals(), 0.0
+        for number in range(self.step.steps, self.step.steps + count):
+            flops += sum(operations(self.shape, self.rows, chosen) for chosen in self.steps.rows(number))
+            self.step(self.batches(), totals, self.steps.target_tokens(number))
+        sums = self.world.sum((totals.sums["loss"].item(), totals.real_tokens, totals.padded_tokens))
+        assert math.isfinite(sums[0])  # reading it waited for the device
+        return int(sums[1]), int(sums[2]), flops
+
+    def batches(self) -> list[Batch]:
+        """This worker's, of the next step."""
+        count = -(-len(self.steps.rows(self.step.steps)) // self.world.size)  # fewer at an epoch's end
+        return [next(self.stream) for _ in range(count)]
+
+
 @contextlib.contextmanager
 def ours(
     args: argparse.Namespace, rows: Examples, state: Weights | None, tokens: int, *, compiled: bool = False
-) -> Iterator[Run]:
-    """`TrainStep` on token-bucketed batches, alone or as one worker of a process group."""
-    device = torch.device(args.device)
-    world = World.current(device)
-    backbone = BartBackbone(make_config(args.shape))
-    if state is None:
-        torch.manual_seed(0)
-        initialise(backbone, 0.02)
-    else:
-        backbone.load_state_dict({name: state[backbone.checkpoint_name(name)] for name in backbone.state_dict()})
-    backbone.to(device).train()
-    if compiled:
-        compile_layers(backbone)
-    model = distribute(backbone, world, "ddp")
-    settings = OptimizerSettings(name="adamw", learning_rate=1e-5, weight_decay=0.01)
-    optimizer, _ = build_optimizer(settings, backbone, None)
-    precision: Any = "bf16" if device.type == "cuda" else "fp32"
-    step = TrainStep(model, optimizer, clip_norm=1.0, precision=precision, world_size=world.size)
-    plan = BatchPlan(rows.sources.lengths, rows.labels.lengths, batch_tokens=tokens)
-    steps = StepPlan(plan, world.size, epochs=None, max_steps=1_000)
-    batches = worker_batches(rows, copy.copy(steps), 0, world.rank, world.size)
-    done = 0
-    with contextlib.closing(on_device(batches, device)) as stream:
-
-        def run(count: int) -> tuple[int, int, float]:
-            nonlocal done
-            totals, flops = Totals(), 0.0
-            for number in range(done, done + count):
-                flops += sum(operations(args.shape, rows, chosen) for chosen in steps.rows(number))
-                step([next(stream)], totals, steps.target_tokens(number))
-            done += count
-            sums = world.sum((totals.sums["loss"].item(), totals.real_tokens, totals.padded_tokens))
-            assert math.isfinite(sums[0])  # reading it waited for the device
-            return int(sums[1]), int(sums[2]), flops
-
-        yield run
+) -> Iterator[Ours]:
+    """Made when its turn comes, and its feed stopped afterwards."""
+    made = Ours(args, rows, state, tokens, compiled)
+    with contextlib.closing(made.stream):
+        yield made
 
 
 @contextlib.contextmanager
@@ -192,9 +201,14 @@ def measure(name: str, opened: Any, args: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
+    profile = None
     try:
         with opened as run:
             timings = timed(run, args)
+            if args.profile and args.gpus > 1:
+                from tests.benchmarks.train_profile import profile_of
+
+                profile = profile_of(run)
     except torch.OutOfMemoryError:
         return {"name": name, "tokens_per_second": 0.0, "error": "out of memory"}
     except Exception as error:  # one competitor's failure is a result; the others still run
@@ -210,6 +224,7 @@ def measure(name: str, opened: Any, args: argparse.Namespace) -> dict[str, Any]:
         "milliseconds_a_step": statistics.median(t[0] for t in timings) / args.timed_steps * 1e3,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None,
         "seconds_in_all": time.perf_counter() - started,
+        **({"profile": profile} if profile else {}),
     }
 
 
@@ -282,6 +297,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--peer-rows", type=int, nargs="*", help="default on CUDA 64 128 32 16")
     parser.add_argument("--limit-seconds", type=float, default=150.0, help="nothing begins after that")
     parser.add_argument("--gpus", type=int, default=1, help="over 1: ours alone, by DDP over NCCL, beside one GPU")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a worker in a step of ours")
+    parser.add_argument("--profile", action="store_true", help="with --gpus: also where the time of a step goes")
     parser.add_argument("--check", action="store_true", help="only compare losses and gradients with padded fp32 ones")
     return parser
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -30,6 +31,7 @@ def worker(rank: int, size: int, args: argparse.Namespace, directory: str) -> No
     """One process of the group."""
     if args.device == "cuda":
         torch.cuda.set_device(rank)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))  # of the feed; else each takes all cores
     else:
         torch.set_num_threads(1)
     backend = "nccl" if args.device == "cuda" else "gloo"

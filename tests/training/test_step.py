@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers import BartForConditionalGeneration
 
 from s2s_ray import Seq2SeqLM
@@ -82,6 +83,20 @@ def test_compiled_layers_are_one_program_for_all_shapes(tiny_bart_dir, examples)
     torch._dynamo.utils.counters.clear()
     assert losses(compiled=True) == pytest.approx(losses(compiled=False), rel=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_compiled_layers_are_not_cut_up_for_several_workers(tiny_bart_dir, examples, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch._dynamo.reset()
+    task, programs = Seq2SeqLM.from_preset(tiny_bart_dir), []
+    compile_layers(task.backbone, backend=lambda program, inputs: programs.append(program) or program.forward)
+    try:
+        model = DistributedDataParallel(task.backbone, bucket_cap_mb=0.01)  # less than a layer
+        batch = examples.collate(range(8)).packed()
+        TrainStep(model, torch.optim.SGD(task.backbone.parameters(), lr=0.1))([batch], Totals())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(programs) == 2
 
 
 def test_what_is_packed_follows_masks_and_weights(examples):
