@@ -75,18 +75,19 @@ def curve(log: list[dict[str, Any]]) -> list[float]:
 def test_two_workers_follow_the_curve_of_one(spec: Spec, whole: loop_run.Loop, tmp_path: Path) -> None:
     expected = curve(whole.log)
     assert len(expected) == STEPS and expected[-1] < 0.85 * expected[0]
-    fsdp = {"strategy": "fsdp", "checkpoint_every": 5}
-    stops = [changed(spec, tmp_path / "fsdp", stop_at=stop, **fsdp) for stop in (7, 12)]
-    runs = run_workers([changed(spec, tmp_path / "ddp"), *stops], tmp_path)
-    assert [run["start"] for run in runs] == [0, 0, 5]
-    assert curve(runs[0]["log"]) == pytest.approx(expected, rel=1e-5)
-    assert curve(runs[2]["log"]) == pytest.approx(expected[:12], rel=1e-5)
+    fsdp = {"strategy": "fsdp", "checkpoint_every": 3}
+    stops = [changed(spec, tmp_path / "fsdp", stop_at=stop, **fsdp) for stop in (4, 7)]
+    runs = run_workers([changed(spec, tmp_path / "ddp", stop_at=15, checkpoint_every=STEPS), *stops], tmp_path)
+    assert [run["start"] for run in runs] == [0, 0, 3]
+    assert curve(runs[0]["log"]) == pytest.approx(expected[:15], rel=1e-5)
+    assert curve(runs[2]["log"]) == pytest.approx(expected[:7], rel=1e-5)
 
 
 @pytest.mark.full
-def test_fsdp_over_fifty_steps_and_a_change_of_strategy(spec: Spec, whole: loop_run.Loop, tmp_path: Path) -> None:
-    whole_fsdp, _, then_ddp = run_workers(
+def test_fifty_steps_on_two_workers_and_a_change_of_strategy(spec: Spec, whole: loop_run.Loop, tmp_path: Path) -> None:
+    whole_ddp, whole_fsdp, _, then_ddp = run_workers(
         [
+            changed(spec, tmp_path / "ddp"),
             changed(spec, tmp_path / "fsdp", strategy="fsdp"),
             changed(spec, tmp_path / "broken", stop_at=33, strategy="fsdp"),
             changed(spec, tmp_path / "broken"),
@@ -94,7 +95,7 @@ def test_fsdp_over_fifty_steps_and_a_change_of_strategy(spec: Spec, whole: loop_
         tmp_path,
     )
     assert then_ddp["start"] == 20
-    for run in (whole_fsdp, then_ddp):
+    for run in (whole_ddp, whole_fsdp, then_ddp):
         assert curve(run["log"]) == pytest.approx(curve(whole.log), rel=1e-5)
 
 
