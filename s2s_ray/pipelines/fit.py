@@ -119,7 +119,8 @@ def _config(
             "process alone can read an iterable. Received: an iterable"
         )
     portable = copy.copy(task)
-    portable.backbone = copy.deepcopy(task.backbone).cpu().train()
+    task.backbone.unpack()  # what is packed for generation may be pointers into this process
+    portable.backbone = copy.deepcopy(task.backbone).cpu()
     portable._engines = {}
     data, validation = map(ray.put, opened)
     return {"task": ray.put(portable), "data": data, "validation": validation, "options": options}
