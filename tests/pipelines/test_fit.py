@@ -1,5 +1,6 @@
 """`fit` on a real local Ray: the figures and weights of one process, from a Dataset or from what `fit` takes anyway."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 
 from s2s_ray import Seq2SeqLM
-from s2s_ray.errors import InputError, SettingsError
-from s2s_ray.training.callbacks import EarlyStopping, WeightAverage
+from s2s_ray.errors import InfrastructureError, InputError, SettingsError
+from s2s_ray.training.callbacks import Callback, EarlyStopping, WeightAverage
 from s2s_ray.training.optimizers import OptimizerSettings
 from s2s_ray.training.step import NonFiniteLossError
 
@@ -73,6 +74,22 @@ def test_two_workers_give_the_figures_and_weights_of_one_process(
         make_task(tiny_bart_dir, optimizer=OptimizerSettings(name="sgd", learning_rate=1e30)).fit(
             pairs, num_workers=2, cpus_per_worker=0.5, verbose=0
         )
+
+
+@pytest.mark.full
+def test_a_lost_worker_leaves_the_task_as_it_was(
+    tiny_bart_dir: Path, pairs: dict[str, list[str]], local_ray: None
+) -> None:
+    class Dies(Callback):  # in here, so that it is sent by value
+        def on_train_batch_end(self, step: int) -> None:
+            if step == 2 and torch.distributed.get_rank() == 1:
+                os._exit(1)
+
+    task = make_task(tiny_bart_dir)
+    before = weights_of(task)
+    with pytest.raises(InfrastructureError, match="training failed"):
+        task.fit(pairs, num_workers=2, cpus_per_worker=0.5, callbacks=[Dies()], verbose=0, batch_size=16)
+    assert torch.equal(weights_of(task), before)
 
 
 def test_what_workers_cannot_do_is_refused(tiny_bart_dir: Path, pairs: dict[str, list[str]], local_ray: None) -> None:
