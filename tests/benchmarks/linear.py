@@ -22,9 +22,7 @@ SHAPES = {"qkv 512": (512, 1536), "up 512": (512, 2048), "down 512": (2048, 512)
 ROWS = (16, 64, 128)
 
 
-def milliseconds(
-    runs: list[Callable[[Tensor], Tensor]], x: Tensor, processor_time: bool, repeats: int = 30
-) -> list[float]:
+def milliseconds(runs: list[Callable[[Tensor], Tensor]], x: Tensor, processor_time: bool) -> list[float]:
     """The time of one call of each, run in turn."""
     clock, choose = (time.thread_time, min) if processor_time else (time.perf_counter, statistics.median)
     times: list[list[float]] = [[] for _ in runs]

@@ -86,6 +86,7 @@ def ours(task: Task) -> list[Contestant]:
 
     @contextmanager
     def enter() -> Iterator[Run]:
+        torch.set_num_threads(args.threads)  # a CTranslate2 of one thread made that torch's number too
         config = json.loads((task.folder / "config.json").read_text())
         cls = models.task_class(config["model_type"]).backbone_cls
         backbone = build_backbone(cls, config, task.folder, dtype=DTYPES[args.dtype], device=args.device)
@@ -93,6 +94,7 @@ def ours(task: Task) -> list[Contestant]:
         engine = Engine(backbone, max_slots=args.slots, max_batch_tokens=args.batch_tokens)
 
         def run(count: int | None) -> Outputs:
+            torch.set_num_threads(args.threads)
             outputs: Outputs = [[] for _ in task.rows]
             engine.stats = EngineStats()
             for answer in engine.generate(Request(i, row, settings) for i, row in enumerate(task.rows[:count])):
@@ -128,6 +130,7 @@ def _transformers(task: Task, batch: int, cache: str) -> Callable[[], Any]:
         model = AutoModelForSeq2SeqLM.from_pretrained(task.folder, dtype=DTYPES[args.dtype]).to(args.device).eval()
 
         def run(count: int | None) -> Outputs:
+            torch.set_num_threads(args.threads)
             outputs: Outputs = [[] for _ in task.rows]
             for chosen in task.batches(batch, count):
                 width = len(task.rows[chosen[0]])
