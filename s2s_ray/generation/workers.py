@@ -72,12 +72,15 @@ class Workers:
 
     @property
     def slots(self) -> int:
-        """Sequences that may be decoded at one time."""
-        return self.budget.slots
+        """Sequences that the workers whose turn begins with the next step may decode."""
+        return sum(worker.decoder.budget.slots for worker in self._starting())
 
     def live(self) -> int:
-        """Sequences being decoded, those included that ended since their cohort was last closed up."""
-        return sum(worker.slots for worker in self._workers)
+        """Their sequences, those included that ended since their cohort was last closed up."""
+        return sum(worker.slots for worker in self._starting())
+
+    def _starting(self) -> list[_Worker]:
+        return [worker for worker in self._workers if worker.slots and worker.turn is None]
 
     def kind(self, request: Request, limit: int) -> tuple[Any, ...]:
         """As a CohortDecoder's."""

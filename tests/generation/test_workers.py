@@ -32,6 +32,7 @@ def test_two_workers_give_every_row_once_and_leave_the_threads_alone(backbone: B
     answers = list(engine.generate(requests))
     assert len(answers) == len(requests)
     assert tokens_by_key(answers) == tokens_by_key(list(Engine(backbone, num_workers=1).generate(requests)))
+    assert engine.stats.generated_tokens <= engine.stats.live_slot_steps <= engine.stats.slot_steps
     assert torch.get_num_threads() == 2
     fresh: list[int] = []
     thread = threading.Thread(target=lambda: fresh.append(torch.get_num_threads()))
