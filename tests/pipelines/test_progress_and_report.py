@@ -71,7 +71,7 @@ def test_replicas_always_leave_cpus_for_the_other_stages(
     assert resources.threads is None if resources.replica_gpus else resources.threads >= 1  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("gpus,rows,calls", [(0, 128, 4), (1, 128, 16), (1, 1000, 8), (1, 10_000, 4)])
+@pytest.mark.parametrize("gpus,rows,calls", [(0, 128, 4), (1, 128, 16), (1, 4000, 8), (1, 10_000, 4)])
 def test_small_units_do_not_leave_a_gpu_half_empty(gpus: int, rows: int, calls: int) -> None:
     settings = GenerateSettings(input=("in",), output="out", preset="p")
     assert Resources.of(settings, {"CPU": 8.0, "GPU": float(gpus)}, 1, rows).calls == calls

@@ -51,7 +51,10 @@ def test_logits_and_texts_are_keras_hubs(unpacked: Path, family: str, tmp_path: 
     want = dict(np.load(unpacked / family / "expected.npz"))
     task = Seq2SeqLM.from_preset(unpacked / family / "preset")
     real = want["decoder_padding_mask"][:, : want["logits"].shape[1]].astype(bool)
-    assert np.abs(logits_of(task, want) - want["logits"])[real].max() < 1e-4
+    logits = logits_of(
+        task, want
+    )  # of the weights as they are: generation packs them, and packed products round otherwise
+    assert np.abs(logits - want["logits"])[real].max() < 1e-4
     sources, length = want["sources"].tolist(), int(want["max_length"])
     assert [str(task.preprocessor.tokenizer(text)) for text in sources] == want["token_ids"].tolist()
     task.compile(sampler="greedy")
@@ -61,7 +64,7 @@ def test_logits_and_texts_are_keras_hubs(unpacked: Path, family: str, tmp_path: 
     ids = task.generate(task.preprocessor.generate_preprocess(sources), max_length=length, stop_token_ids=None)
     assert np.array_equal(ids["decoder_token_ids"], want["unstopped"])
     task.save_to_preset(tmp_path / "saved")
-    assert np.array_equal(logits_of(Seq2SeqLM.from_preset(tmp_path / "saved"), want), logits_of(task, want))
+    assert np.array_equal(logits_of(Seq2SeqLM.from_preset(tmp_path / "saved"), want), logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
