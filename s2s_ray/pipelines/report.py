@@ -80,7 +80,7 @@ def _samples(output: Location, settings: GenerateSettings, manifest: Mapping[str
     with (output / part["data"]["path"]).open() as stream, pq.ParquetFile(stream) as parquet:
         kept = settings.text_column in parquet.schema_arrow.names
         columns = [settings.summary_column, *([settings.text_column] if kept else [])]
-        batch = next(parquet.iter_batches(SAMPLES, columns=columns))
+        batch = next(parquet.iter_batches(SAMPLES, columns=columns, use_threads=False))
     rows = batch.to_pylist()
     return tuple((_text(row.get(settings.text_column, "")), row[settings.summary_column]) for row in rows)
 
