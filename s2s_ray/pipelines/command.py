@@ -1,5 +1,7 @@
 """From a command line to an exit code: what the scripts in jobs/ share."""
 
+import atexit
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +28,10 @@ def main(job: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
         code = _say(f"storage failed: {error}", InfrastructureError.exit_code)
     except KeyboardInterrupt:
         code = _say("interrupted; run the same command again to resume", 128 + signal.SIGINT)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else _say(str(stop.code), 1)
+    if argv is None:  # a script, not a caller that goes on
+        _leave(code)
     sys.exit(code)
 
 
@@ -76,6 +82,16 @@ def _has_input(argv: Sequence[str]) -> bool:
 def parse_summarize(argv: Sequence[str]) -> GenerateSettings:
     """The settings jobs/summarize.py would run with."""
     return parse(argv, "", summarize_defaults(argv))
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit with `code`, whatever threads of Ray and Arrow still run: one that asks for the GIL while the interpreter
+    ends aborts the process before Python 3.14 (python/cpython#87135), and 134 would hide that the job was done.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _say(message: str, code: int) -> int:
