@@ -13,7 +13,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from s2s_ray.generation import selection
 from s2s_ray.generation.requests import Request
+from s2s_ray.generation.settings import GenerationSettings
+from s2s_ray.nn.ragged import to_device
 
 _BANNED = float("-inf")
 Processor = Callable[[Tensor, "History"], None]
@@ -49,30 +52,41 @@ class Constraints:
         self._device = device
         self._width = width
         self._requests = requests
-        self._settings = [request.settings for request in requests]
+        self._settings, rows = _distinct(requests)  # rows mostly share theirs, so tables are made of few
+        self._of_row = self._per_row(rows)
         self._processors: list[Processor] = []
         self._add_repetition_penalty()
         self._add_ngram_ban()
         self._add_source_ngram_ban()
         self._add_bad_words()
         self._add_min_length(prompt_lengths)
-        self._add_forced("forced_bos_token_id", [1] * len(requests))
-        self._add_forced("forced_eos_token_id", [limit - 1 for limit in limits])
+        self._add_forced("forced_bos_token_id", None)
+        self._add_forced("forced_eos_token_id", limits)
         self._add_suppressed(prompt_lengths)
 
     def __bool__(self) -> bool:
         return bool(self._processors)
 
+    @property
+    def rescales(self) -> bool:
+        """Whether scores are computed with, and so must be fp32; else they are only replaced, by 0 and infinity."""
+        return any(s.repetition_penalty != 1.0 for s in self._settings)
+
     def apply(self, scores: Tensor, history: History) -> None:
-        """Change scores fp32 `[N, V]` in place."""
+        """Change scores `[N, V]` in place."""
         for processor in self._processors:
             processor(scores, history)
 
+    def _per_row(self, values: Sequence[int]) -> Tensor:
+        """A number of each row to one of each sequence, int64 `[N]`."""
+        return to_device(torch.tensor(values, dtype=torch.int64), self._device).repeat_interleave(self._width)
+
     def _per_sequence(self, values: Sequence[float | int], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).repeat_interleave(self._width).to(self._device)
+        """A value of each of `self._settings` to one of each sequence, `[N]`."""
+        return to_device(torch.tensor(values, dtype=dtype), self._device)[self._of_row]
 
     def _add_repetition_penalty(self) -> None:
-        if all(s.repetition_penalty == 1.0 for s in self._settings):
+        if not self.rescales:
             return
         penalty = self._per_sequence([s.repetition_penalty for s in self._settings], torch.float32)[:, None]
 
@@ -145,15 +159,13 @@ class Constraints:
 
     def _add_min_length(self, prompt_lengths: Sequence[int]) -> None:
         # A length below which no stop token may come, counted like the history.
-        shortest = [
-            max(s.min_length, prompt + s.min_new_tokens if s.min_new_tokens else 0)
-            for s, prompt in zip(self._settings, prompt_lengths, strict=True)
-        ]
-        for eos in sorted(
-            {s.eos_token_id for s, least in zip(self._settings, shortest, strict=True) if least and s.eos_token_id}
-        ):
-            least = [n if s.eos_token_id == eos else 0 for n, s in zip(shortest, self._settings, strict=True)]
-            minimum = self._per_sequence(least, torch.int64)
+        bounded = [s for s in self._settings if s.eos_token_id and (s.min_length or s.min_new_tokens)]
+        for eos in sorted({s.eos_token_id for s in bounded}):
+            least = [s.min_length * (s.eos_token_id == eos) for s in self._settings]
+            least_new = [(s.min_new_tokens or 0) * (s.eos_token_id == eos) for s in self._settings]
+            new = self._per_sequence(least_new, torch.int64)
+            after_prompt = torch.where(new > 0, self._per_row(prompt_lengths) + new, 0)
+            minimum = torch.maximum(self._per_sequence(least, torch.int64), after_prompt)
             ids = torch.tensor(eos, dtype=torch.int64, device=self._device)
 
             def process(scores: Tensor, history: History, minimum: Tensor = minimum, ids: Tensor = ids) -> None:
@@ -161,44 +173,56 @@ class Constraints:
 
             self._processors.append(process)
 
-    def _add_forced(self, name: str, at_lengths: Sequence[int]) -> None:
+    def _add_forced(self, name: str, limits: Sequence[int] | None) -> None:
+        """Force a token to come last before each row's limit; without limits, first of all."""
         tokens = [getattr(s, name) for s in self._settings]
         if all(token is None for token in tokens):
             return
-        at = [-1 if token is None else length for token, length in zip(tokens, at_lengths, strict=True)]
-        when = self._per_sequence(at, torch.int64)
-        forced = self._per_sequence([token or 0 for token in tokens], torch.int64)[:, None]
+        active = self._per_sequence([token is not None for token in tokens], torch.bool)
+        forced = self._per_sequence([token or 0 for token in tokens], torch.int64)
+        at = torch.ones_like(forced) if limits is None else self._per_row(limits) - 1
 
         def process(scores: Tensor, history: History) -> None:
-            now = (history.lengths == when)[:, None]
-            scores.masked_fill_(now, _BANNED)
-            scores.scatter_(1, forced, torch.where(now, 0.0, scores.gather(1, forced)))
+            selection.force(scores, active & (history.lengths == at), forced)
 
         self._processors.append(process)
 
     def _add_suppressed(self, prompt_lengths: Sequence[int]) -> None:
-        # transformers counts the first free position after a forced first token.
-        begins = [
-            prompt + (1 if prompt == 1 and s.forced_bos_token_id is not None else 0)
-            for s, prompt in zip(self._settings, prompt_lengths, strict=True)
-        ]
-        begin = self._per_sequence(begins, torch.int64)
         for name in ("suppress_tokens", "begin_suppress_tokens"):
             for ids in sorted({getattr(s, name) for s in self._settings if getattr(s, name)}):
                 active = self._per_sequence([getattr(s, name) == ids for s in self._settings], torch.bool)
                 table = torch.tensor(ids, dtype=torch.int64, device=self._device)
-                only_at_begin = name == "begin_suppress_tokens"
+                begin = self._begins(prompt_lengths) if name == "begin_suppress_tokens" else None
 
                 def process(
                     scores: Tensor,
                     history: History,
                     active: Tensor = active,
                     table: Tensor = table,
-                    only_at_begin: bool = only_at_begin,
+                    begin: Tensor | None = begin,
                 ) -> None:
-                    _ban(scores, active & (history.lengths == begin) if only_at_begin else active, table)
+                    _ban(scores, active if begin is None else active & (history.lengths == begin), table)
 
                 self._processors.append(process)
+
+    def _begins(self, prompt_lengths: Sequence[int]) -> Tensor:
+        """The length at which a sequence's first free token comes: transformers counts after a forced first one."""
+        forced = self._per_sequence([s.forced_bos_token_id is not None for s in self._settings], torch.bool)
+        prompts = self._per_row(prompt_lengths)
+        return prompts + ((prompts == 1) & forced)
+
+
+def _distinct(requests: Sequence[Request]) -> tuple[list[GenerationSettings], list[int]]:
+    """The settings that occur, and for each request which of them it has."""
+    numbers: dict[GenerationSettings, int] = {}
+    known: dict[int, int] = {}  # by identity, which spares most of the hashing
+    rows = []
+    for request in requests:
+        number = known.get(id(request.settings))
+        if number is None:
+            number = known[id(request.settings)] = numbers.setdefault(request.settings, len(numbers))
+        rows.append(number)
+    return list(numbers), rows
 
 
 def _ban(scores: Tensor, rows: Tensor, ids: Tensor) -> None:

@@ -13,7 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from s2s_ray import kernels
 from s2s_ray.errors import SettingsError
+from s2s_ray.generation import selection
 from s2s_ray.generation.settings import GenerationSettings
 
 
@@ -246,11 +248,12 @@ class Warpers:
         self._candidates = max(*ks, *least) if min(ks) > 0 else None
 
     def filtered(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """scores fp32 `[N, V]` to (scores, token ids), `[N, C]` each, best first, what is filtered out at -inf."""
+        """scores `[N, V]` to (scores fp32, token ids), `[N, C]` each, best first, what is filtered out at -inf."""
+        count = min(self._candidates or scores.shape[1], scores.shape[1])
+        scores, ids = selection.top(scores, count)
+        scores = scores.float()
         if self._temperature is not None:
             scores = scores / self._temperature
-        count = min(self._candidates or scores.shape[1], scores.shape[1])
-        scores, ids = scores.topk(count, dim=-1)
         spare = torch.arange(count, device=scores.device) >= self._keep  # may be filtered out
         if self._top_k is not None:
             rank = torch.arange(count, device=scores.device)
@@ -267,7 +270,7 @@ class Warpers:
         return scores, ids
 
     def sample(self, scores: Tensor, draws: Tensor) -> Tensor:
-        """scores fp32 `[N, V]` and draws fp64 `[N]` in [0, 1) to tokens int64 `[N]`, by the inverse of the cumulative
+        """scores `[N, V]` and draws fp64 `[N]` in [0, 1) to tokens int64 `[N]`, by the inverse of the cumulative
         sum.
         """
         scores, ids = self.filtered(scores)
@@ -277,6 +280,28 @@ class Warpers:
         if self._typical_p is not None:  # its survivors need not be a prefix of the candidates
             last = torch.full_like(last, scores.shape[1] - 1)
         return ids.gather(1, torch.minimum(chosen, last)).squeeze(1)
+
+
+class Nucleus:
+    """As Warpers, of sequences with temperature and top-p alone: on a GPU nothing is sorted for them."""
+
+    def __init__(self, settings: Sequence[GenerationSettings], device: torch.device) -> None:
+        """One entry per sequence, each of which `suits`."""
+        self._temperature = torch.tensor([s.temperature for s in settings], dtype=torch.float32, device=device)
+        self._top_p = torch.tensor([s.top_p for s in settings], dtype=torch.float32, device=device)
+
+    @staticmethod
+    def suits(settings: GenerationSettings, device: torch.device) -> bool:
+        """Whether these settings are sampled here."""
+        filters = ("top_k", "min_p", "typical_p")
+        alone = all(getattr(settings, name) == _NEUTRAL[name] for name in filters)
+        return alone and kernels.load("sampling", device) is not None
+
+    def sample(self, scores: Tensor, draws: Tensor) -> Tensor:
+        """As `Warpers.sample`; tokens of one score come by their ids."""
+        kernel: Any = kernels.load("sampling", scores.device)
+        tokens: Tensor = kernel.sample(scores.contiguous(), self._temperature, self._top_p, draws)
+        return tokens
 
 
 _NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}

@@ -19,7 +19,7 @@ from s2s_ray.generation import selection
 from s2s_ray.generation.constraints import Constraints, History
 from s2s_ray.generation.random import uniform
 from s2s_ray.generation.requests import Finished, Generated, Request
-from s2s_ray.generation.samplers import Sampler, Warpers
+from s2s_ray.generation.samplers import Nucleus, Sampler, Warpers
 from s2s_ray.generation.settings import GenerationSettings
 from s2s_ray.nn.ragged import all_to_device, to_device
 
@@ -262,32 +262,39 @@ class SampleSearch(Search):
     def _tables(self) -> None:
         super()._tables()
         self._scored = any(r.settings.output_scores for r in self.requests)
-        drawn = [
-            row * self.width + w
-            for row, r in enumerate(self.requests)
-            if r.settings.do_sample
-            for w in range(self.width)
-        ]
-        self._drawn = torch.tensor(drawn, dtype=torch.int64, device=self.device) if drawn else None
-        settings = [self.requests[n // self.width].settings for n in drawn]
-        self._warpers = Warpers(settings, self.device) if drawn else None
+        drawn: dict[type[Warpers | Nucleus], list[int]] = {}
+        for row, r in enumerate(self.requests):
+            if r.settings.do_sample:
+                kind = Nucleus if Nucleus.suits(r.settings, self.device) else Warpers
+                drawn.setdefault(kind, []).extend(range(row * self.width, (row + 1) * self.width))
+        self._drawn = [self._draw_by(kind, sequences) for kind, sequences in drawn.items()]
+
+    def _draw_by(self, kind: type[Warpers | Nucleus], sequences: list[int]) -> tuple[Tensor | slice, Warpers | Nucleus]:
+        settings = [self.requests[n // self.width].settings for n in sequences]
+        every = len(sequences) == self.num_sequences
+        index = slice(None) if every else to_device(torch.tensor(sequences), self.device)
+        return index, kind(settings, self.device)
 
     def needs(self) -> tuple[int, bool] | None:
-        whole = self._constraints or self._drawn is not None or self._sampler is not None or self._scored
+        whole = self._constraints or self._drawn or self._sampler is not None or self._scored
         return None if whole else (1, False)
 
     def _advance(self, logits: Any, states: Tensor) -> None:
         shape = (len(self.requests), self.width)
         raw = logits
-        if self._constraints or self._drawn is not None or self._sampler is not None:
-            logits = logits.to(torch.float32, copy=self._scored)
+        if self._constraints:
+            dtype = torch.float32 if self._constraints.rescales else logits.dtype
+            logits = logits.to(dtype, copy=self._scored)
             self._constraints.apply(logits, self._history())
         best, tokens, _ = selection.best(logits, 1, normaliser=False)
         tokens = tokens.squeeze(1)
         if self._sampler is not None:
-            tokens = self._sampler.get_next_token((logits / self._sampler.temperature).softmax(dim=-1)).to(tokens)
-        elif self._drawn is not None and self._warpers is not None:
-            tokens[self._drawn] = self._warpers.sample(logits[self._drawn], self._draws()[self._drawn])
+            tokens = self._sampler.get_next_token((logits.float() / self._sampler.temperature).softmax(dim=-1)).to(
+                tokens
+            )
+        else:
+            for index, sampling in self._drawn:
+                tokens[index] = sampling.sample(logits[index], self._draws()[index])
         tokens = tokens.view(shape)
         reading, prompt = self._forced()
         tokens = torch.where(reading[:, None], prompt, tokens)

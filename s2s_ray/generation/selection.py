@@ -26,13 +26,25 @@ def best(scores: Tensor | Best, count: int, *, normaliser: bool) -> Best:
         values, tokens, total = kernel.best(scores.contiguous(), count)
         return values, tokens, total if normaliser else None
     scores = scores.float()
-    values, tokens = _best(scores, count)
+    values, tokens = top(scores, count)
     return values, tokens, scores.logsumexp(dim=-1) if normaliser else None
 
 
-def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Blocks first: the C best tokens lie in the C blocks with the best maxima, and a maximum alone is a vector
-    operation where a maximum with its index is not.
+def force(scores: Tensor, now: Tensor, tokens: Tensor) -> None:
+    """Where now bool `[N]` is set, leave the row of scores `[N, V]` no choice but tokens int64 `[N]`: 0 among -inf."""
+    kernel = kernels.load("selection", scores.device)
+    if kernel is not None and scores.is_contiguous():
+        kernel.force(scores, now, tokens)
+        return
+    scores.masked_fill_(now[:, None], float("-inf"))
+    scores.scatter_(1, tokens[:, None], torch.where(now[:, None], 0.0, scores.gather(1, tokens[:, None])))
+
+
+def top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` best of scores `[N, V]`, `[N, C]`, best first, and their tokens int64 `[N, C]`.
+
+    Blocks first: the C best tokens lie in the C blocks with the best maxima, and a maximum alone is a vector operation
+    where a maximum with its index is not.
     """
     vocabulary = scores.shape[1]
     whole = vocabulary // _BLOCK

@@ -142,7 +142,7 @@ class _Cohort:
             history = history.to(fed.device)
             steps = torch.arange(width, device=fed.device)
             history.scatter_(1, lengths[:, None] - 1 + steps, fed)
-            logits = logits.to(torch.float32, copy=scored)
+            logits = logits.to(torch.float32 if constraints.rescales else logits.dtype, copy=scored)
             each = (lengths[:, None] + steps).flatten()
             constraints.apply(logits, History(history.repeat_interleave(width, dim=0), each))
         best, tokens, _ = selection.best(logits, 1, normaliser=False)

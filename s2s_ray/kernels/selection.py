@@ -1,4 +1,4 @@
-"""The best tokens of each sequence and the log of the sum of exponentials, in one pass over the scores.
+"""The best tokens of each sequence and the log of the sum of exponentials, in one pass over the scores; tokens forced.
 
 Dimensions: N sequences, V vocabulary, C candidates.
 """
@@ -114,3 +114,21 @@ def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         num_warps=2 if count == 1 else 4,
     )
     return values, tokens, totals
+
+
+_FORCED = tl.constexpr(4096)  # tokens a program
+
+
+@triton.jit
+def _force(scores, now, tokens, vocabulary):
+    row = tl.program_id(1).to(tl.int64)
+    if tl.load(now + row):
+        token = tl.program_id(0) * _FORCED + tl.arange(0, _FORCED)
+        only = tl.where(token == tl.load(tokens + row), 0.0, float("-inf"))
+        tl.store(scores + row * vocabulary + token, only.to(scores.dtype.element_ty), token < vocabulary)
+
+
+def force(scores: Tensor, now: Tensor, tokens: Tensor) -> None:
+    """`generation.selection.force` of contiguous scores; rows that are not forced are not touched."""
+    rows, vocabulary = scores.shape
+    _force[(triton.cdiv(vocabulary, _FORCED.value), rows)](scores, now, tokens, vocabulary)

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 pytest.importorskip("triton")
 
-from s2s_ray.kernels import activations, attention, norms, reference, selection
+from s2s_ray.kernels import activations, attention, norms, reference, sampling, selection
 from s2s_ray.nn.linear import ACTIVATIONS
 from s2s_ray.nn.norms import RMSNorm
 from s2s_ray.nn.ragged import RaggedRows
@@ -125,6 +125,38 @@ def test_the_best_tokens(vocabulary: int, count: int) -> None:
     assert all(len(set(row)) == count for row in tokens[good].tolist())
     torch.testing.assert_close(normaliser[good], scores.logsumexp(dim=-1)[good])
     assert values[3:5].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype"), [(50, torch.float32), (2_100, torch.float16), (60, torch.bfloat16)], ids=str
+)
+def test_sampling_by_mass(vocabulary: int, dtype: torch.dtype) -> None:
+    """As over the sorted tokens, those of one score by their ids; in half precision many have the same."""
+    rows = 6
+    scores = (3 * normal(rows, vocabulary)).to(dtype)
+    scores[1, 3:] = float("-inf")
+    scores[2] = float("-inf")
+    scores[2, vocabulary - 2] = 0.0
+    temperatures = torch.tensor([0.7, 1.0, 1.5, 1.0, 1.0, 2.0], device=DEVICE)
+    nuclei = torch.tensor([1.0, 0.9, 0.5, 1.0, 0.1, 0.8], device=DEVICE)
+    draws = torch.linspace(0, 1, rows + 1, dtype=torch.float64, device=DEVICE)[torch.randperm(rows)]
+    found = sampling.sample(scores, temperatures, nuclei, draws)
+    ordered, ids = scores.float().sort(dim=1, descending=True, stable=True)
+    mass = (ordered.double() / temperatures[:, None]).softmax(dim=1)
+    mass = mass.masked_fill(mass.cumsum(dim=1) - mass >= nuclei[:, None], 0.0)
+    cumulative = mass.cumsum(dim=1)
+    place = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
+    assert found.tolist() == ids.gather(1, place).squeeze(1).tolist()
+
+
+def test_forced_tokens() -> None:
+    scores = normal(5, 5_001)
+    expected = scores.clone()
+    expected[1], expected[4] = float("-inf"), float("-inf")
+    expected[1, 7] = expected[4, 5_000] = 0.0
+    now = torch.tensor([False, True, False, False, True], device=DEVICE)
+    selection.force(scores, now, torch.tensor([3, 7, 0, 0, 5_000], device=DEVICE))
+    assert torch.equal(scores, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
