@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
@@ -16,9 +17,7 @@ SAMPLE = ROOT / "s2s_ray" / "samples" / "package_descriptions"
 sys.path.insert(0, str(ROOT / "tools" / "builtin_preset"))
 
 import data  # noqa: E402
-import noise  # noqa: E402
-
-from s2s_ray.training.batches import Examples, Ragged  # noqa: E402
+import noised  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -124,31 +123,45 @@ def test_name_stems(package, stem):
     assert data.name_stem(package) == stem
 
 
-def test_infilling_hides_about_its_share_and_keeps_the_ends():
-    ids = np.arange(10, 310, dtype=np.int32)
-    hide = noise.infill(4, share=0.3)
+def test_infilling_hides_about_its_share_and_keeps_the_order():
+    ids = np.arange(10, 310)
+    hide = noised.infill(4, share=0.3)
     generator = np.random.default_rng(0)
     shares, masks = [], []
     for _ in range(50):
-        noised = hide(ids, generator)
-        kept = noised[noised != 4]
-        assert (noised[0], noised[-1]) == (10, 309)
-        assert np.all(np.diff(kept) > 0)  # what is left keeps its order
+        found = hide(ids, generator)
+        kept = found[found != 4]
+        assert np.all(np.diff(kept) > 0)
         shares.append(1 - len(kept) / len(ids))
-        masks.append(int((noised == 4).sum()))
+        masks.append(int((found == 4).sum()))
     assert 0.2 < np.mean(shares) < 0.3  # spans overlap
     assert 20 < np.mean(masks) < 31
 
 
-def test_noised_epochs_differ_but_repeat_with_the_seed():
-    rows = [[0, *range(10, 10 + 5 + i % 9), 2] for i in range(40)]
-    examples = Examples(Ragged.from_rows(rows), Ragged.from_rows([[0, 5, 2]] * 40), 2, 1)
+def test_noised_copies_differ_and_repeat_with_the_seed(tmp_path: Path) -> None:
+    preset = ROOT / "s2s_ray" / "presets" / "builtin" / "debian_summarizer_en"
+    texts = [f"This is package number {i}, which contains the library and its documentation." for i in range(20)]
+    table = pa.table({"text": texts, "summary": [f"library {i}" for i in range(20)], "kind": ["a", "b"] * 10})
+    pq.write_table(table, tmp_path / "in.parquet")
 
-    def epochs(workers: int) -> list[list[list[int]]]:
-        pairs = noise.NoisedPairs(examples, noise.mask_tokens(4, 0.3), batch_tokens=128, seed=1)
-        source = noise.Epochs(pairs, workers)
-        return [sorted(b.inputs["encoder_token_ids"].flatten().tolist() for b in source) for _ in range(2)]
+    def run(name: str, noise: str, *more: str) -> dict[str, list[dict[str, str]]]:
+        places = ["--preset", str(preset), "--input", str(tmp_path / "in.parquet"), "--output", str(tmp_path / name)]
+        noised.main([noise, *places, "--copies", "2", "--share", "0.3", *more])
+        return {path.name: pq.read_table(path).to_pylist() for path in sorted((tmp_path / name).iterdir())}
 
-    alone = epochs(0)
-    assert alone == epochs(0) == epochs(2)
-    assert alone[0] != alone[1]
+    masked = run("masked", "mask", "--split-by", "kind")
+    assert (
+        masked
+        == run("again", "mask", "--split-by", "kind")
+        != run("other", "mask", "--split-by", "kind", "--seed", "1")
+    )
+    assert list(masked) == ["a.parquet", "b.parquet"]
+    first, second = masked["a.parquet"][:10], masked["a.parquet"][10:]
+    assert [row["target"] for row in first] == [row["target"] for row in second] == table["summary"].to_pylist()[::2]
+    assert [row["source"] for row in first] != [row["source"] for row in second]
+    task = Seq2SeqLM.from_preset(preset)
+    ids = task.preprocessor.encode_sources([row["source"] for row in first])[0]  # type: ignore[union-attr]
+    assert 0.1 < np.mean([token == 4 for row in ids for token in row]) < 0.4  # <mask> is read as one token
+    infilled = run("infilled", "infill")["train.parquet"]
+    assert [row["target"] for row in infilled] == texts * 2
+    assert all("<mask>" in row["source"] for row in infilled)

@@ -1,9 +1,9 @@
 """Copies of training pairs with noised sources, as Parquet that jobs/finetune.py reads.
 
     python tools/builtin_preset/noised.py infill --preset .data/untrained_summarizer --copies 4 \
-        --input .data/descriptions/train.parquet --text-column description --output .data/noised/infilling
-    python tools/builtin_preset/noised.py mask --preset .data/untrained_translator --copies 4 --split-by language \
-        --input .data/translation/train.parquet --text-column source --target-column target --output .data/noised/pairs
+        --input .data/descriptions/train.parquet --text-column description --output .data/infilling
+    python tools/builtin_preset/noised.py mask --preset .data/untrained_translator --copies 5 --split-by language \
+        --input .data/translation/train.parquet --text-column source --target-column target --output .data/masked_pairs
 
 `infill` is BART's text infilling (spans of tokens become one <mask> each; the target is the text itself), `mask` hides
 single tokens and keeps the pair's target. One epoch over N copies is N epochs with fresh noise. Columns: source, target
@@ -12,8 +12,9 @@ and that of --split-by, which also names the files. Equal arguments write equal 
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +55,8 @@ def mask_tokens(mask_id: int, share: float) -> Noise:
     return lambda ids, generator: np.where(generator.random(len(ids)) < share, mask_id, ids)
 
 
-def noised(table: pa.Table, seed: tuple[int, int, int]) -> pa.Table:
-    """One chunk of one copy."""
+def noised(table: pa.Table, seed: Sequence[int], args: argparse.Namespace) -> pa.Table:
+    """One copy of a chunk of the input."""
     tokenizer = Tokenizer.from_file(str(Path(args.preset) / "tokenizer.json"))
     tokenizer.enable_truncation(args.max_tokens)
     generator = np.random.default_rng(seed)
@@ -71,48 +72,44 @@ def noised(table: pa.Table, seed: tuple[int, int, int]) -> pa.Table:
     return pa.table(columns | ({args.split_by: table[args.split_by]} if args.split_by else {}))
 
 
-def inputs() -> Iterator[tuple[str, pa.Table]]:
+def inputs(path: Path, split_by: str | None) -> Iterator[tuple[str, pa.Table]]:
     """The tables to noise, each with the name of its file."""
-    table = pq.read_table(args.input)
-    if args.split_by is None:
+    table = pq.read_table(path)
+    if split_by is None:
         yield "train", table
         return
-    for value in sorted(set(table[args.split_by].to_pylist())):
-        yield value, table.filter(pc.equal(table[args.split_by], value))
+    for value in sorted(set(table[split_by].to_pylist())):
+        yield value, table.filter(pc.equal(table[split_by], value))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("noise", choices=["infill", "mask"])
+    parser.add_argument("--preset", required=True, help="whose tokenizer says what a token is")
+    parser.add_argument("--input", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="directory for the files")
+    parser.add_argument("--text-column", default="text")
+    parser.add_argument("--target-column", default="summary")
+    parser.add_argument("--split-by", help="column whose values get a file each")
+    parser.add_argument("--share", type=float, default=0.1, help="of the tokens that are hidden")
+    parser.add_argument("--max-tokens", type=int, default=510, help="longer sources are cut")
+    parser.add_argument("--copies", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
     args.output.mkdir(parents=True, exist_ok=True)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes below are the parallelism
     with ProcessPoolExecutor() as pool:
-        for number, (name, table) in enumerate(inputs()):
+        for number, (name, table) in enumerate(inputs(args.input, args.split_by)):
             starts = range(0, len(table), CHUNK_ROWS)
             chunks = [table.slice(start, CHUNK_ROWS).combine_chunks() for start in starts] * args.copies
             seeds = [(args.seed, number, chunk) for chunk in range(len(chunks))]
-            rows = 0
-            writer = None
-            for done in pool.map(noised, chunks, seeds):
-                writer = writer or pq.ParquetWriter(args.output / f"{name}.parquet", done.schema, compression="zstd")
-                writer.write_table(done)
-                rows += len(done)
-            if writer is not None:
-                writer.close()
-            print(f"{args.output / name}.parquet: {rows} pairs", flush=True)
+            copies = pool.map(noised, chunks, seeds, [args] * len(chunks))
+            first = next(copies)
+            with pq.ParquetWriter(args.output / f"{name}.parquet", first.schema, compression="zstd") as writer:
+                for copy in chain([first], copies):
+                    writer.write_table(copy)
+            print(f"{args.output / name}.parquet: {len(table) * args.copies} pairs", flush=True)
 
-
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("noise", choices=["infill", "mask"])
-parser.add_argument("--preset", required=True, help="whose tokenizer says what a token is")
-parser.add_argument("--input", type=Path, required=True)
-parser.add_argument("--output", type=Path, required=True, help="directory for the files")
-parser.add_argument("--text-column", default="text")
-parser.add_argument("--target-column", default="summary")
-parser.add_argument("--split-by", help="column whose values get a file each")
-parser.add_argument("--share", type=float, default=0.1, help="of the tokens that are hidden")
-parser.add_argument("--max-tokens", type=int, default=510, help="longer sources are cut")
-parser.add_argument("--copies", type=int, default=1)
-parser.add_argument("--seed", type=int, default=0)
-args = parser.parse_args()
 
 if __name__ == "__main__":
     main()
