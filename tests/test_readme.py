@@ -92,7 +92,8 @@ def test_flags_exist(page: Path) -> None:
     known = {f"--{name.replace('_', '-')}" for name in {**fields_of(EvaluateSettings), **fields_of(FinetuneSettings)}}
     known |= {"--config", "--help"}
     known |= {"--digest", "--version", "--dtype"}  # of jobs/presets.py
-    known |= {"--documents", "--limit"}  # of tools/builtin_preset/
+    known |= {"--documents", "--limit"}  # of tools/builtin_preset/, with the next
+    known |= {"--copies", "--share", "--max-tokens", "--split-by", "--target-column"}
     known |= {"--working-dir", "--index-url", "--full", "--check"}  # of ray, pip, pytest and ruff
     for line in page.read_text("utf-8").replace("\\\n", " ").splitlines():
         if "python -m " not in line:
