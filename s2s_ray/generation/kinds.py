@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
+from s2s_ray.generation.beams import BeamSearch
 from s2s_ray.generation.contrastive import ContrastiveSearch
 from s2s_ray.generation.requests import Request
 from s2s_ray.generation.samplers import Sampler
-from s2s_ray.generation.search import BeamSearch, SampleSearch, Search
+from s2s_ray.generation.sampling import SampleSearch
+from s2s_ray.generation.search import Search
 
 
 def make_search(
