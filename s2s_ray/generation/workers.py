@@ -21,6 +21,7 @@ from s2s_ray.models.backbone import Backbone
 
 _MOST = 4  # beyond that a worker has several threads: all workers' Python takes turns
 _LEAST_SLOTS = 16  # of a worker: one cohort
+_FEW = 32  # sequences; with so few a step reads the weights and does little else, so they are read for all of them once
 
 
 def worker_count(asked: int | None, max_slots: int | None) -> int:
@@ -57,10 +58,10 @@ class Workers:
     """A decoder for the engine made of several. A step ends when one of them has taken its turn."""
 
     def __init__(self, backbone: Backbone, budget: Budget, count: int) -> None:
-        """count: of workers, at most torch's threads; the budget is shared out evenly."""
+        """count: of workers, at most torch's threads; slots are shared out evenly, source tokens as they come."""
         self.budget = budget
         self._threads = torch.get_num_threads()
-        share = replace(budget, slots=budget.slots // count, tokens=max(1, budget.tokens // count))
+        share = replace(budget, slots=budget.slots // count)
         self._workers = [_Worker(CohortDecoder(backbone, share, None)) for _ in range(count)]
         self._chosen = self._workers[0]
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="s2s_ray worker")
@@ -87,10 +88,14 @@ class Workers:
         return self._chosen.decoder.kind(request, limit)
 
     def next_rows(self, scheduler: Scheduler) -> tuple[Any, list[Request]] | None:
-        """The rows to admit now and their kind, for the worker between turns that has the fewest."""
-        for worker in sorted(self._workers, key=lambda worker: worker.slots):
+        """The rows to admit now and their kind, for the worker between turns that has the fewest; one that has only few
+        comes before one that has none.
+        """
+        for worker in sorted(self._workers, key=lambda worker: (not 0 < worker.slots < _FEW, worker.slots)):
             if worker.turn is None:
-                found = scheduler.next_cohort(worker.slots, worker.tokens, worker.decoder.budget)
+                others = sum(other.tokens for other in self._workers if other is not worker)
+                left = replace(worker.decoder.budget, tokens=max(1, self.budget.tokens - others))
+                found = scheduler.next_cohort(worker.slots, worker.tokens, left)
                 if found is not None:
                     self._chosen = worker
                     return found
@@ -106,10 +111,14 @@ class Workers:
     def step(self) -> list[Finished]:
         """Start the turn of every worker that has rows, and wait for the first to end; the rows that are done."""
         at_work = [worker for worker in self._workers if worker.slots]
+        if len(at_work) == 1 and at_work[0].turn is None:  # here, where OpenMP's threads are at hand
+            answers = at_work[0].run(self._threads)
+            at_work[0].slots, at_work[0].tokens = at_work[0].decoder.used()
+            return answers
         for worker in at_work:
             worker.turn = worker.turn or self._pool.submit(worker.run, max(1, self._threads // len(at_work)))
         wait([worker.turn for worker in at_work if worker.turn], return_when=FIRST_COMPLETED)
-        answers: list[Finished] = []
+        answers = []
         for worker in at_work:
             if worker.turn is not None and worker.turn.done():
                 turn, worker.turn = worker.turn, None
