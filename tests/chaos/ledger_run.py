@@ -24,7 +24,10 @@ from s2s_ray.storage import Location
 class LedgerRun:
     """Everything a driver does around the model; `drive` may be called again and again, by any number of processes."""
 
-    def __init__(self, inputs: list[str], output: str, rows_per_unit: int = 4, mode: str = "auto") -> None:
+    def __init__(
+        self, inputs: list[str], output: str, rows_per_unit: int = 4, mode: str = "auto", compression: str = "snappy"
+    ) -> None:
+        """Runs that differ in `compression` alone are attempts at the same rows whose shards differ in their bytes."""
         self.settings = GenerateSettings(
             input=tuple(inputs), output=output, preset="none", rows_per_unit=rows_per_unit, publish=mode
         )
@@ -36,6 +39,7 @@ class LedgerRun:
         self.plan = Plan(planning.cut(footers, rows_per_unit), schema, skipped)
         self.document = planning.document(self.settings, files, "no preset")
         self.ledger = Ledger(self.output, planning.fingerprint(self.document))
+        self._compression = compression
         source = pa.concat_tables([pq.read_table(path) for path in inputs])
         self.shards = [self._shard(unit, source) for unit in self.plan.units]
 
@@ -74,19 +78,18 @@ class LedgerRun:
         errors = pa.Table.from_pylist([error | {"row": row, "source_row": row} for row in bad], schema=ERROR_SCHEMA)
         has_errors = bool(bad) or unit.id == 0
         return Shard(
-            _bytes(pa.Table.from_arrays(columns, schema=self.plan.schema)),
+            self._bytes(pa.Table.from_arrays(columns, schema=self.plan.schema)),
             len(good),
-            _bytes(errors) if has_errors else None,
+            self._bytes(errors) if has_errors else None,
             len(bad),
             3 * len(good),
             {"INTERNAL": len(bad)} if bad else {},
         )
 
-
-def _bytes(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    return sink.getvalue().to_pybytes()
+    def _bytes(self, table: pa.Table) -> bytes:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression=self._compression)
+        return sink.getvalue().to_pybytes()
 
 
 def in_child(action: Callable[[], object], failpoint: str = "") -> int:
