@@ -26,7 +26,9 @@ static void omp_set_num_threads(int count) { (void)count; }
 #define PAIR 2              /* units of a turn of the innermost loop: rows are padded to a multiple */
 #define DEPTH 512           /* units of a row that lie together */
 #define STRIDE (DEPTH + 16) /* from row to row: a power of two would put all rows of a tile into the same few cache lines */
-#define HELD (128 * 1024)   /* units of the rows that stay in the second cache while all panels pass */
+#define PASS (2 * DEPTH)    /* units of a row that one pass over the panels takes */
+#define HELD 140            /* rows whose units of one pass stay in the second cache while the panels pass */
+#define GROUP 32            /* panels whose sums are kept from pass to pass */
 #define SMALL 256           /* rows up to which the threads share the panels, above it the rows */
 #define CHUNK 64            /* panels whose exponentials are summed together, whatever the number of threads */
 
@@ -188,9 +190,10 @@ static void take(const Linear *l, const float *x, const Rows *to, long row) {
 
 static long row_units_of(const Linear *l) { return (units_of(l) + DEPTH - 1) / DEPTH * STRIDE; }
 
-static long rows_held(const Linear *l) {
-    long most = HELD / (units_of(l) < DEPTH ? units_of(l) : row_units_of(l));
-    return most < TILE ? TILE : most > SMALL ? SMALL : most;
+/* How many of `rows` go through the panels together: as many in each turn. */
+static long rows_held(const Linear *l, long rows) {
+    long most = units_of(l) > DEPTH ? HELD : SMALL, turns = (rows + most - 1) / most;
+    return turns ? (rows + turns - 1) / turns : 1;
 }
 
 static Rows rows_at(char *memory, long row_units, long count) {
@@ -323,42 +326,54 @@ static void choose(const Linear *l, const Rows *x, int panel, const __m512i *sum
         for (long r = 0; r < x->rows; r++) b->totals[panel / CHUNK * b->rows + r] = sum(totals[r]);
 }
 
-/* All rows of x through some panels, to `out` of these rows or to what is best of them. */
+/* All rows of x through some panels, to `out` of these rows or to what is best of them. Rows wider than a pass go
+ * through a group of panels pass by pass, so that no weight is read again for every few rows. */
 static void panels(const Linear *l, const Rows *x, int first, int end, float *out, const Best *best) {
-    int units = units_of(l), tiles = (x->rows + TILE - 1) / TILE;
-    __m512i *sums = scratch(1, 2 * sizeof(__m512i) * x->rows);
+    int units = units_of(l), tiles = (x->rows + TILE - 1) / TILE, group = units > PASS ? GROUP : 1;
+    __m512i *kept = scratch(1, 2 * sizeof(__m512i) * x->rows * group);
     vec *totals = scratch(2, sizeof(vec) * x->rows);
     long step = (4 * PANEL + tiles - 1) / tiles;
-    for (int p = first; p < end; p++) {
-        for (int k = 0; k < units; k += DEPTH) {
-            int depth = units - k < DEPTH ? units - k : DEPTH;
-            const int32_t *weights = l->panels + ((long)p * units + k) * PANEL;
-            for (int t = 0; t < tiles; t++) {
-                long from = x->rows * t / tiles, to = x->rows * (t + 1) / tiles;
-                const int32_t *rows = x->units + (k / DEPTH * x->rows + from) * STRIDE;
-                for (long r = from; r < to && !k && out; r++) { /* `finish` would wait for these lines */
-                    float *place = out + r * l->outputs + p * PANEL;
-                    for (int i = 0; i <= PANEL; i += LANES) __builtin_prefetch(place + i, 1);
+    for (; first < end; first += group) {
+        int last = first + group < end ? first + group : end;
+        for (int pass = 0; pass < units; pass += PASS) {
+            int stop = pass + PASS < units ? pass + PASS : units;
+            for (int p = first; p < last; p++) {
+                __m512i *sums = kept + 2 * x->rows * (p - first);
+                for (int k = pass; k < stop; k += DEPTH) {
+                    int depth = stop - k < DEPTH ? stop - k : DEPTH;
+                    const int32_t *weights = l->panels + ((long)p * units + k) * PANEL;
+                    /* From the end of these weights to the next ones, which in between two passes are elsewhere. */
+                    long ahead = k + depth < stop || p + 1 == last ? 0 : 4L * PANEL * (units - stop + pass);
+                    for (int t = 0; t < tiles; t++) {
+                        long from = x->rows * t / tiles, to = x->rows * (t + 1) / tiles;
+                        const int32_t *rows = x->units + (k / DEPTH * x->rows + from) * STRIDE;
+                        for (long r = from; r < to && !k && out; r++) { /* `finish` would wait for these lines */
+                            float *place = out + r * l->outputs + p * PANEL;
+                            for (int i = 0; i <= PANEL; i += LANES) __builtin_prefetch(place + i, 1);
+                        }
+                        tile(l->scales != 0, to - from, rows, weights, depth, k == 0, ahead + t * step * depth, step,
+                             sums + 2 * from);
+                    }
                 }
-                tile(l->scales != 0, to - from, rows, weights, depth, k == 0, t * step * depth, step, sums + 2 * from);
+                if (stop < units) continue;
+                if (out) finish(l, x, p * PANEL, sums, out);
+                else choose(l, x, p, sums, best, totals);
             }
         }
-        if (out) finish(l, x, p * PANEL, sums, out);
-        else choose(l, x, p, sums, best, totals);
     }
 }
 
 /* out[rows, outputs] = activation(x[rows, width] W + bias); x has `x_stride` floats from row to row. */
 void linear(const Linear *l, const float *x, long x_stride, long rows, float *out) {
     int panel_count = (l->outputs + PANEL - 1) / PANEL;
-    long row_units = row_units_of(l), most = rows_held(l);
-    size_t size = (rows < most ? rows : most) * (4 * row_units + 8) + 64;
-    char *shared = rows <= SMALL ? scratch(0, size) : 0;
+    long row_units = row_units_of(l), size = 4 * row_units + 8;
+    char *shared = rows <= SMALL ? scratch(0, size * rows_held(l, rows) + 64) : 0;
 #pragma omp parallel
     {
         int thread = omp_get_thread_num(), threads = omp_get_num_threads();
         long from = shared ? 0 : rows * thread / threads, to = shared ? rows : rows * (thread + 1) / threads;
-        char *memory = shared ? shared : scratch(0, size);
+        long most = rows_held(l, to - from);
+        char *memory = shared ? shared : scratch(0, size * most + 64);
         for (; from < to; from += most) {
             Rows q = rows_at(memory, row_units, to - from < most ? to - from : most);
             take_share(l, x + from * x_stride, x_stride, &q, shared ? thread : 0, shared ? threads : 1);
@@ -379,8 +394,7 @@ void linear(const Linear *l, const float *x, long x_stride, long rows, float *ou
 void linear_best(
     const Linear *l, const float *x, long x_stride, long rows, int count, float *values, int64_t *tokens, float *normaliser) {
     int panel_count = (l->outputs + PANEL - 1) / PANEL, chunks = (panel_count + CHUNK - 1) / CHUNK;
-    long row_units = row_units_of(l), most = rows_held(l);
-    most = rows < most ? rows : most;
+    long row_units = row_units_of(l), most = rows_held(l, rows);
     char *memory = scratch(0, most * (4 * row_units + 8) + 64);
     int lists = omp_get_max_threads();
     size_t list = (12L * count * most + 63) / 64 * 64;

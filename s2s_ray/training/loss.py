@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from s2s_ray.errors import SettingsError
+from s2s_ray.nn.linear import HEAD_MULTIPLE
 
 IGNORED_LABEL = -100  # transformers' and torch's mark for "no target here"
 _CHUNK_LOGITS = {True: 2**28, False: 2**24}  # made at a time, on CUDA and elsewhere: 1 GiB, and 64 MiB for the cache
@@ -113,11 +114,14 @@ class _CrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
         grad_weight = torch.zeros_like(weight) if of_weight else None
         matrix, added = weight.to(dtype), None if bias is None else bias.to(dtype)
+        missing = -vocabulary % HEAD_MULTIPLE if hidden.is_cuda else 0
+        if missing:
+            matrix, added = F.pad(matrix, (0, 0, 0, missing)), None if added is None else F.pad(added, (0, missing))
         loss, rest = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros(2, dtype=torch.float32)
         size = max(1, _CHUNK_LOGITS[hidden.is_cuda] // vocabulary)
         for part in (slice(start, start + size) for start in range(0, len(hidden), size)):
             states, label, w = hidden[part].to(dtype), labels[part, None], weights[part, None]
-            logits = F.linear(states, matrix, added).float()
+            logits = F.linear(states, matrix, added)[:, :vocabulary].float()
             normaliser = logits.logsumexp(-1, keepdim=True)
             nll = normaliser - logits.gather(1, label)
             spread = normaliser - logits.mean(-1, keepdim=True) if smoothing else nll
@@ -129,10 +133,11 @@ class _CrossEntropy(torch.autograd.Function):
                 continue
             slope = logits.sub_(normaliser).exp_().sub_(smoothing / vocabulary)  # in place: it is large
             slope = slope.scatter_add_(1, label, torch.full_like(nll, smoothing - 1)).mul_(w).to(dtype)
+            slope = F.pad(slope, (0, missing)) if missing else slope
             if grad_hidden is not None:
                 grad_hidden[part] = slope @ matrix
             if grad_weight is not None:
-                grad_weight += slope.T @ states
+                grad_weight += (slope.T @ states)[:vocabulary]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(rest)
         return loss, rest

@@ -18,8 +18,15 @@ from torch import Tensor, nn
 from s2s_ray.kernels import cpu
 from s2s_ray.nn.linear import pack_linear
 
-SHAPES = {"qkv 512": (512, 1536), "up 512": (512, 2048), "down 512": (2048, 512), "vocabulary 58k": (512, 58_101)}
-ROWS = (16, 64, 128)
+SHAPES = {
+    "qkv 512": (512, 1536),
+    "up 512": (512, 2048),
+    "down 512": (2048, 512),
+    "vocabulary 58k": (512, 58_101),
+    "up 1024": (1024, 4096),
+    "down 1024": (4096, 1024),
+}
+ROWS = (16, 32, 64, 128)
 
 
 def milliseconds(runs: list[Callable[[Tensor], Tensor]], x: Tensor, processor_time: bool) -> list[float]:

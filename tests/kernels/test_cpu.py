@@ -17,7 +17,7 @@ from s2s_ray.generation.cache import Cohort, DecoderCache
 from s2s_ray.kernels import cpu
 from s2s_ray.nn.linear import ACTIVATIONS, pack_weight
 
-ROWS = (1, 2, 13, 14, 15, 29, 256, 257, 500)  # tiles of 14 rows, blocks of 256, other threads' share from 257 on
+ROWS = (1, 2, 13, 14, 15, 29, 141, 256, 257, 500)  # tiles of 14 rows, turns of 140 or 256, other shares from 257 on
 
 
 def exact(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -72,16 +72,36 @@ def test_products_are_torchs_and_row_by_row(inputs: int, outputs: int, activatio
     assert projection(x).isnan().any(dim=1).nonzero().tolist() == [[3]]
 
 
+@pytest.mark.parametrize(("inputs", "quantization"), [(2500, None), (8500, "int8")])
+def test_wide_rows_go_through_groups_of_panels_pass_by_pass(inputs: int, quantization: str | None) -> None:
+    if not cpu.has_float():
+        pytest.skip("no C compiler or no AVX-512")
+    torch.manual_seed(inputs)
+    weight, bias, x = torch.randn(1100, inputs) / inputs**0.5, torch.randn(1100), torch.randn(max(ROWS), inputs)
+    projection = pack_weight(weight, bias, quantization=quantization)
+    everything = projection(x)
+    for count in (1, 14, 141, 257):
+        assert torch.equal(projection(x[:count]), everything[:count])
+    expected = exact(x, weight, bias, "none") if quantization else nn.functional.linear(x.double(), weight.double())
+    expected = expected if quantization else (expected + bias).float()
+    torch.testing.assert_close(everything, expected, rtol=1e-4, atol=1e-3 if quantization else 1e-5)
+
+
 @pytest.mark.parametrize("quantization", [None, "int8"])
-@pytest.mark.parametrize(("outputs", "count"), [(31, 1), (33, 40), (2048, 9), (5000, 1), (5000, 8)])
-def test_the_best_outputs_are_those_of_the_product(outputs: int, count: int, quantization: str | None) -> None:
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "count"),
+    [(24, 31, 1), (24, 33, 40), (24, 2048, 9), (24, 5000, 1), (24, 5000, 8), (2500, 5000, 8)],
+)
+def test_the_best_outputs_are_those_of_the_product(
+    inputs: int, outputs: int, count: int, quantization: str | None
+) -> None:
     torch.manual_seed(outputs)
     bias = torch.randn(outputs)
     bias[:32] = float("-inf") if outputs > 100 else 0.0
-    head = pack_weight(torch.randn(outputs, 24), bias, quantization=quantization)
+    head = pack_weight(torch.randn(outputs, inputs) / inputs**0.5, bias, quantization=quantization)
     if not isinstance(head, cpu.Product):
         pytest.skip("no C compiler or no AVX-512")
-    x = torch.randn(300, 24)  # 300: more than one block
+    x = torch.randn(300, inputs)  # 300: more than one block
     x[5] = 0.0 if outputs <= 100 else x[5]  # all outputs but the biases are equal
     logits = head(x)
     values, tokens, normaliser = head.best(x, count, normaliser=True)
