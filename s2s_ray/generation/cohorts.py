@@ -18,8 +18,10 @@ from s2s_ray.generation.search import Search
 from s2s_ray.generation.selection import Best
 from s2s_ray.kernels import cpu
 from s2s_ray.models.backbone import Backbone
+from s2s_ray.nn.ragged import RaggedRows
 
 _DEAD_SHARE = 0.1  # of a cohort; from here on its last live rows are moved into the gaps
+_PADDING_SHARE = 0.1  # of a cohort's sources; from here on they are encoded without it
 
 
 @dataclass(slots=True)
@@ -40,6 +42,7 @@ class CohortDecoder:
         self._device = next(backbone.parameters()).device
         if self._device.type == "cpu":
             cpu.keep_memory()
+        self._relative = backbone.position_tables() is not None  # padded rows share what is added to their scores
         self._sampler = sampler
         self._lanes: dict[Hashable, _Lane] = {}
 
@@ -75,11 +78,13 @@ class CohortDecoder:
         lane.answered += [False] * len(requests)
 
     def _encode(self, requests: list[Request], width: int) -> Cohort:
-        rows = [torch.as_tensor(request.token_ids, dtype=torch.int64) for request in requests]
-        lengths = torch.tensor([max(1, len(row)) for row in rows])
-        token_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        padding_mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        token_ids, padding_mask = token_ids.to(self._device), padding_mask.to(self._device)
+        sources = [torch.as_tensor(request.token_ids, dtype=torch.int64) for request in requests]
+        lengths = [max(1, len(source)) for source in sources]
+        token_ids = torch.nn.utils.rnn.pad_sequence(sources, batch_first=True).to(self._device)
+        if sum(lengths) <= (1 - _PADDING_SHARE) * len(lengths) * max(lengths) and not self._relative:
+            rows = RaggedRows(lengths, self._device)
+            return self.backbone.init_ragged_cache(self.backbone.encode_ragged(token_ids, rows), rows, width)
+        padding_mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(self._device)
         return self.backbone.init_cache(self.backbone.encode(token_ids, padding_mask), padding_mask, width)
 
     def step(self) -> list[Finished]:

@@ -65,7 +65,7 @@ class Scheduler:
         share = budget.slots // (_COHORTS * width)
         full = max(1, min(budget.cohort_rows, share, budget.tokens // tokens_each, len(queue)))
         fits = full * width <= budget.slots - used_slots and full * tokens_each <= budget.tokens - used_tokens
-        if used_slots and not fits:
+        if (used_slots or used_tokens) and not fits:
             return None
         cohort = queue[-full:]
         del queue[-full:]

@@ -91,11 +91,10 @@ class Workers:
         """The rows to admit now and their kind, for the worker between turns that has the fewest; one that has only few
         comes before one that has none.
         """
+        tokens = sum(worker.tokens for worker in self._workers)
         for worker in sorted(self._workers, key=lambda worker: (not 0 < worker.slots < _FEW, worker.slots)):
             if worker.turn is None:
-                others = sum(other.tokens for other in self._workers if other is not worker)
-                left = replace(worker.decoder.budget, tokens=max(1, self.budget.tokens - others))
-                found = scheduler.next_cohort(worker.slots, worker.tokens, left)
+                found = scheduler.next_cohort(worker.slots, tokens, worker.decoder.budget)
                 if found is not None:
                     self._chosen = worker
                     return found

@@ -81,14 +81,16 @@ def ragged(qkv: Tensor, starts: Tensor, blocks: Tensor, table: Tensor | None, *,
     output = []
     bounds = starts.tolist()
     for start, end in pairwise(bounds):
-        query, key, value = (t.unflatten(-1, (heads, -1)).transpose(0, 1) for t in qkv[start:end].chunk(3, dim=-1))
+        # Four dimensions, or torch would not take its flash attention on a CPU.
+        parts = qkv[None, start:end].chunk(3, dim=-1)
+        query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in parts)
         bias = None
         if table is not None:
             farthest = table.shape[1] // 2
             place = torch.arange(end - start, device=qkv.device)
-            bias = table[:, (place[None] - place[:, None]).clamp(-farthest, farthest) + farthest].to(query.dtype)
+            bias = table[:, (place[None] - place[:, None]).clamp(-farthest, farthest) + farthest].to(query.dtype)[None]
         mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
-        output.append(mixed.transpose(0, 1).flatten(1))
+        output.append(mixed[0].transpose(0, 1).flatten(1))
     return torch.cat(output)
 
 

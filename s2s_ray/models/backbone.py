@@ -121,12 +121,20 @@ class Backbone(nn.Module, ABC):
         """Project memory `[B, S, D]` once to every layer's cross-attention keys and values, shared by `width` sequences
         a row.
         """
+        return self._cohort(memory, None if bool(padding_mask.all()) else padding_mask, width)
+
+    def init_ragged_cache(self, memory: Tensor, rows: RaggedRows, width: int = 1) -> Cohort:
+        """As `init_cache`, for memory `[T, D]` of the real tokens alone."""
+        return self._cohort(memory, rows.padding_mask, width, rows.pad)
+
+    def _cohort(
+        self, memory: Tensor, padding_mask: Tensor | None, width: int, pad: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> Cohort:
         attentions = [layer.cross_attention for layer in self.decoder_layers if isinstance(layer, DecoderLayer)]
-        cross = [attention.project_memory(memory) for attention in attentions]
-        padded = None if bool(padding_mask.all()) else padding_mask
+        cross = [(pad(key), pad(value)) for key, value in (a.project_memory(memory) for a in attentions)]
+        heads, scale = attentions[0].num_heads, attentions[0].scale
         tables = self.position_tables()
-        first = attentions[0]
-        return Cohort(cross, padded, width=width, num_heads=first.num_heads, scale=first.scale, position_tables=tables)
+        return Cohort(cross, padding_mask, width=width, num_heads=heads, scale=scale, position_tables=tables)
 
     def position_tables(self) -> Tensor | None:
         """What the decoder's self-attention adds to its scores for the key that lies 0, 1, ... P - 1 positions back

@@ -52,6 +52,11 @@ class RaggedRows:
         """`[R, longest, ...]` to `[T, ...]`."""
         return x.flatten(0, 1)[self._index]
 
+    def pad(self, x: Tensor) -> Tensor:
+        """`[T, ...]` to `[R, longest, ...]`, zeros for padding."""
+        padded = x.new_zeros(self.inside.size, *x.shape[1:]).index_copy_(0, self._index, x)
+        return padded.unflatten(0, self.inside.shape)
+
     def attend(self, qkv: Tensor, *, heads: int, scale: float) -> Tensor:
         """Queries, keys and values side by side `[T, 3 I]` to the attention output `[T, I]`."""
         return self._kernels.ragged(qkv, self.starts, self.blocks, self.table, heads=heads, scale=scale)

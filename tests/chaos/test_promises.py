@@ -177,15 +177,15 @@ def test_rows_whose_scores_are_no_numbers(
     works = [read_unit(unit, job)[0].to_pylist() for unit in units]
     marked = {tuple(row["token_ids"]) for work in works for row in work if row["row"] in bad}
     backbone = replica.engine._make_engine(None).backbone
-    encode = backbone.encode
+    embed = backbone.embed_source
 
-    def encode_some(token_ids: Any, padding_mask: Any) -> Any:
+    def embed_some(token_ids: Any, padding_mask: Any) -> Any:
         hit = [tuple(row[mask].tolist()) in marked for row, mask in zip(token_ids, padding_mask, strict=True)]
-        memory = encode(token_ids, padding_mask).clone()
-        memory[hit] = float("nan")
-        return memory
+        states = embed(token_ids, padding_mask).clone()
+        states[hit] = float("nan")
+        return states
 
-    monkeypatch.setattr(backbone, "encode", encode_some)
+    monkeypatch.setattr(backbone, "embed_source", embed_some)
     found, errors = answered(replica, job, units)
     assert not none and {row["row"]: row["reason"] for row in errors} == dict.fromkeys(sorted(bad), "NONFINITE")
     assert found == [row for row in expected if row["id"] not in bad]

@@ -96,13 +96,13 @@ def test_rows_with_nonfinite_scores_are_error_rows_and_disturb_no_other(
     expected = our_tokens(Engine(backbone), rows, settings)
     rows = [[*row[:-1], 96, 2] if i % 6 == 0 else [t if t != 96 else 95 for t in row] for i, row in enumerate(rows)]
     healthy = our_tokens(Engine(backbone), rows, settings)
-    encode = backbone.encode
+    embed = backbone.embed_source
 
     def poisoned(token_ids: Tensor, padding_mask: Tensor) -> Tensor:
         marked = (token_ids == 96).any(dim=1)
-        return encode(token_ids, padding_mask).masked_fill(marked[:, None, None], float("nan"))
+        return embed(token_ids, padding_mask).masked_fill(marked[:, None, None], float("nan"))
 
-    monkeypatch.setattr(backbone, "encode", poisoned)
+    monkeypatch.setattr(backbone, "embed_source", poisoned)
     answers = run(Engine(backbone), rows, settings)
     bad = [i for i, answer in enumerate(answers) if answer.error is RowErrorReason.NONFINITE]
     assert bad == [0, 6, 12, 18]
@@ -117,20 +117,32 @@ def test_out_of_memory_halves_the_cohort_and_names_the_row_that_never_fits(
 ) -> None:
     rows = [[t if t != 96 else 95 for t in row] for row in sources(CONFIG, 20)]
     rows[7] = [0, 96, 2]
-    encode = backbone.encode
+    embed = backbone.embed_source
     sizes = []
 
     def small(token_ids: Tensor, padding_mask: Tensor) -> Tensor:
         sizes.append(len(token_ids))
         if len(token_ids) > 3 or (token_ids == 96).any():
             raise torch.OutOfMemoryError("out of memory")
-        return encode(token_ids, padding_mask)
+        return embed(token_ids, padding_mask)
 
-    monkeypatch.setattr(backbone, "encode", small)
+    monkeypatch.setattr(backbone, "embed_source", small)
     answers = run(Engine(backbone), rows, settings_of(CONFIG, max_length=8))
     assert max(sizes) > 3
     assert [i for i, a in enumerate(answers) if a.error is not None] == [7]
     assert answers[7].error is RowErrorReason.OOM_SINGLE_ROW
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_rows_of_unlike_length_are_encoded_without_padding(
+    backbone: Backbone, beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [[0, *range(5, 5 + 3 * i), 2] for i in range(1, 17)]
+    settings = settings_of(CONFIG, max_length=12, num_beams=beams)
+    alone = [run(Engine(backbone), [row], settings)[0].sequences[0].token_ids for row in rows]
+    monkeypatch.setattr(backbone, "encode", None)  # what pads
+    together = run(Engine(backbone), rows, settings)
+    assert [answer.sequences[0].token_ids for answer in together] == alone
 
 
 def test_rows_that_can_never_run_are_errors(backbone: Backbone) -> None:

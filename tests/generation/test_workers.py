@@ -43,18 +43,35 @@ def test_two_workers_give_every_row_once_and_leave_the_threads_alone(backbone: B
 
 def test_both_take_part(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     seen = set()
-    encode = backbone.encode
+    embed = backbone.embed_source
 
     def noted(*inputs: torch.Tensor) -> torch.Tensor:
         seen.add((threading.current_thread().name, torch.get_num_threads()))
-        return encode(*inputs)
+        return embed(*inputs)
 
-    monkeypatch.setattr(backbone, "encode", noted)
+    monkeypatch.setattr(backbone, "embed_source", noted)
     run(Engine(backbone, max_slots=32), sources(CONFIG, 60), settings_of(CONFIG, max_length=8))
     assert len({name for name, threads in seen if threads == 1}) == 2
     seen.clear()
     run(Engine(backbone, max_slots=32), sources(CONFIG, 2), settings_of(CONFIG, max_length=8))
     assert [threads for _, threads in seen] == [2]  # one cohort: its worker has both threads
+
+
+def test_what_one_worker_left_of_the_tokens_is_no_reason_to_decode_row_by_row(
+    backbone: Backbone,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = []
+    embed = backbone.embed_source
+
+    def noted(token_ids: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(token_ids))
+        return embed(token_ids, padding_mask)
+
+    monkeypatch.setattr(backbone, "embed_source", noted)
+    engine = Engine(backbone, num_workers=2, max_batch_tokens=8 * 40 + 30)
+    answers = run(engine, [[5] * 40 for _ in range(32)], settings_of(CONFIG, max_length=8))
+    assert len(answers) == 32 and sizes == [8, 8, 8, 8]
 
 
 def test_a_failure_of_a_worker_reaches_the_caller(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
@@ -66,9 +83,9 @@ def test_a_failure_of_a_worker_reaches_the_caller(backbone: Backbone, monkeypatc
     def broken(*_: torch.Tensor) -> torch.Tensor:
         raise ZeroDivisionError("broken")
 
-    monkeypatch.setattr(backbone, "encode", scarce)
+    monkeypatch.setattr(backbone, "embed_source", scarce)
     assert {a.error for a in run(Engine(backbone), rows, settings)} == {RowErrorReason.OOM_SINGLE_ROW}
-    monkeypatch.setattr(backbone, "encode", broken)
+    monkeypatch.setattr(backbone, "embed_source", broken)
     with pytest.raises(ZeroDivisionError, match="broken"):
         list(Engine(backbone).generate(Request(i, row, settings) for i, row in enumerate(rows)))
 
