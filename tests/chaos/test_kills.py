@@ -56,6 +56,7 @@ def starts(output: Path) -> Counter[str]:
     return Counter(path.name.split(".")[0] for path in output.glob("_s2s/*/attempts/u*"))
 
 
+@pytest.mark.full  # by itself a tenth of the time of all short tests
 def test_race_kill_cancel_kill_resume(
     flags: list[str], inputs: list[str], tmp_path: Path, expected: dict[int, str]
 ) -> None:
