@@ -17,10 +17,10 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, fields
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from s2s_ray.models.loading import DTYPES
 from tests.benchmarks import floor
 from tests.benchmarks.peers import PEERS, Contestant, MissingPeerError, Outputs, Task, ours
 from tests.benchmarks.profile import print_profile
+from tests.benchmarks.stolen import timed
 from tests.benchmarks.workload import SHAPES, WORKLOADS, Workload, make_model, make_rows
 
 WARM_UP_ROWS = 4
@@ -105,10 +106,9 @@ def _sweep(task: Task) -> tuple[list[Contestant], dict[str, float], dict[str, st
                     run(task.args.sweep_rows if contestant.compiled else WARM_UP_ROWS)
                     if len(tried) == 1:
                         continue
-                    start = time.perf_counter()
-                    run(task.args.sweep_rows)
-                    seconds[contestant.label] = time.perf_counter() - start
-                    print(f"sweep, {contestant.label}: {seconds[contestant.label]:.1f} s", file=sys.stderr, flush=True)
+                    turn = timed(partial(run, task.args.sweep_rows))
+                    seconds[contestant.label] = turn.seconds
+                    print(f"sweep, {contestant.label}: {turn}", file=sys.stderr, flush=True)
             chosen += sorted(tried, key=lambda c: seconds.get(c.label, 0.0))[:1]
         except MissingPeerError as error:
             missing[name] = str(error)
@@ -127,10 +127,9 @@ def _measure(contestants: list[Contestant], repeats: int) -> tuple[dict[str, lis
         gc.freeze()  # or the collector walks through all that torch and transformers made, in somebody's turn
         for turn in range(repeats):
             for name, run in runs.items():
-                start = time.perf_counter()
-                outputs[name] = run(None)
-                times[name].append(time.perf_counter() - start)
-                print(f"turn {turn + 1}, {name}: {times[name][-1]:.1f} s", file=sys.stderr, flush=True)
+                took = timed(lambda run=run, name=name: outputs.update({name: run(None)}))
+                times[name].append(took.seconds)
+                print(f"turn {turn + 1}, {name}: {took}", file=sys.stderr, flush=True)
     gc.unfreeze()  # or nanobind's modules complain at the end
     return times, outputs
 
