@@ -69,13 +69,19 @@ class CohortDecoder:
         """Encode the rows as a new cohort. Raises torch.OutOfMemoryError; nothing is held then."""
         cohort = self._encode(requests, kind[1])
         search = make_search(kind[0], requests, limits, kind[1], self._device, self._sampler, self.backbone.hidden_dim)
-        lane = self._lanes.get(kind)
-        if lane is None:
-            self._lanes[kind] = _Lane(search, [cohort], [False] * len(requests))
-            return
-        lane.search.join(search)
-        lane.cohorts.append(cohort)
-        lane.answered += [False] * len(requests)
+        self._join(kind, _Lane(search, [cohort], [False] * len(requests)))
+
+    def take(self, other: "CohortDecoder") -> None:
+        """All rows of a decoder of the same model, which then has none."""
+        while other._lanes:
+            self._join(*other._lanes.popitem())
+
+    def _join(self, kind: Hashable, lane: _Lane) -> None:
+        mine = self._lanes.setdefault(kind, lane)
+        if mine is not lane:
+            mine.search.join(lane.search)
+            mine.cohorts += lane.cohorts
+            mine.answered += lane.answered
 
     def _encode(self, requests: list[Request], width: int) -> Cohort:
         sources = [torch.as_tensor(request.token_ids, dtype=torch.int64) for request in requests]

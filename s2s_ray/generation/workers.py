@@ -42,6 +42,13 @@ class _Worker:
     tokens: int = 0
     turn: Future[list[Finished]] | None = None
 
+    def take(self, other: "_Worker") -> None:
+        """All rows of a worker, between the turns of both."""
+        self.decoder.take(other.decoder)
+        self.pending, other.pending = other.pending + self.pending, []
+        self.slots, other.slots = self.slots + other.slots, 0
+        self.tokens, other.tokens = self.tokens + other.tokens, 0
+
     def run(self, threads: int) -> list[Finished]:
         """Admit the pending rows, then one token for every row."""
         cpu.use_threads(threads)
@@ -110,11 +117,18 @@ class Workers:
     def step(self) -> list[Finished]:
         """Start the turn of every worker that has rows, and wait for the first to end; the rows that are done."""
         at_work = [worker for worker in self._workers if worker.slots]
+        few = sum(worker.slots for worker in at_work) <= min(_FEW, at_work[0].decoder.budget.slots)
+        while few and len(self._starting()) > 1:  # so few go on together, which takes the turns' ends
+            first, *_, last = self._starting()
+            first.take(last)
+            at_work.remove(last)
         if len(at_work) == 1 and at_work[0].turn is None:  # here, where OpenMP's threads are at hand
             answers = at_work[0].run(self._threads)
             at_work[0].slots, at_work[0].tokens = at_work[0].decoder.used()
             return answers
         for worker in at_work:
+            if few and worker.turn is None:
+                continue  # until the others' turns have ended
             worker.turn = worker.turn or self._pool.submit(worker.run, max(1, self._threads // len(at_work)))
         wait([worker.turn for worker in at_work if worker.turn], return_when=FIRST_COMPLETED)
         answers = []

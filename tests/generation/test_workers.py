@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from s2s_ray.errors import RowErrorReason, SettingsError
+from s2s_ray.generation.cohorts import CohortDecoder
 from s2s_ray.generation.engine import Engine
 from s2s_ray.generation.requests import Request
 from s2s_ray.generation.workers import Workers, worker_count
@@ -72,6 +73,30 @@ def test_what_one_worker_left_of_the_tokens_is_no_reason_to_decode_row_by_row(
     engine = Engine(backbone, num_workers=2, max_batch_tokens=8 * 40 + 30)
     answers = run(engine, [[5] * 40 for _ in range(32)], settings_of(CONFIG, max_length=8))
     assert len(answers) == 32 and sizes == [8, 8, 8, 8]
+
+
+def test_rows_that_have_become_few_go_on_together(
+    backbone: Backbone,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = []
+    take = CohortDecoder.take
+
+    def noted(decoder: CohortDecoder, other: CohortDecoder) -> None:
+        taken.append((decoder.used()[0], other.used()[0]))
+        take(decoder, other)
+        assert not other.busy
+
+    monkeypatch.setattr(CohortDecoder, "take", noted)
+    lengths = [6, 6, 20, 6, 14, 6, 6, 26]
+    changes = [{"no_repeat_ngram_size": 2}, {"num_beams": 2}, {"do_sample": True, "seed": 3}]
+    requests = [
+        Request(i, source, settings_of(CONFIG, min_length=n, max_length=n + 1, **changes[i % 3]), key=i)
+        for i, (source, n) in enumerate(zip(sources(CONFIG, 80), lengths * 10, strict=True))
+    ]
+    answers = list(Engine(backbone, num_workers=2).generate(requests))
+    assert taken and all(0 < mine + others <= 32 for mine, others in taken)
+    assert tokens_by_key(answers) == tokens_by_key(list(Engine(backbone, num_workers=1).generate(requests)))
 
 
 def test_a_failure_of_a_worker_reaches_the_caller(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
