@@ -1,8 +1,8 @@
 """Decoding on the cores of a CPU: several cohort decoders over the same weights, each in a thread of its own.
 
 Two threads that share every operation wait for each other at each of them, hundreds of times a step. Here a worker with
-its own rows runs its operations alone; workers meet only where rows are handed out. While some have no rows, the others
-use their threads.
+its own rows runs its operations alone; workers meet only where rows are handed out, and where rows that have become few
+are put together. While some have no rows, the others use their threads.
 """
 
 from collections.abc import Sequence
@@ -118,7 +118,7 @@ class Workers:
         """Start the turn of every worker that has rows, and wait for the first to end; the rows that are done."""
         at_work = [worker for worker in self._workers if worker.slots]
         few = sum(worker.slots for worker in at_work) <= min(_FEW, at_work[0].decoder.budget.slots)
-        while few and len(self._starting()) > 1:  # so few go on together, which takes the turns' ends
+        while few and len(self._starting()) > 1:  # they go on together
             first, *_, last = self._starting()
             first.take(last)
             at_work.remove(last)
@@ -127,9 +127,8 @@ class Workers:
             at_work[0].slots, at_work[0].tokens = at_work[0].decoder.used()
             return answers
         for worker in at_work:
-            if few and worker.turn is None:
-                continue  # until the others' turns have ended
-            worker.turn = worker.turn or self._pool.submit(worker.run, max(1, self._threads // len(at_work)))
+            if worker.turn is None and not few:  # few wait for the end of the others' turns
+                worker.turn = self._pool.submit(worker.run, max(1, self._threads // len(at_work)))
         wait([worker.turn for worker in at_work if worker.turn], return_when=FIRST_COMPLETED)
         answers = []
         for worker in at_work:
