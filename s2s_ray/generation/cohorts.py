@@ -18,7 +18,7 @@ from s2s_ray.generation.search import Search
 from s2s_ray.generation.selection import Best
 from s2s_ray.kernels import cpu
 from s2s_ray.models.backbone import Backbone
-from s2s_ray.nn.ragged import RaggedRows
+from s2s_ray.nn.ragged import pad_sources
 
 _DEAD_SHARE = 0.1  # of a cohort; from here on its last live rows are moved into the gaps
 _PADDING_SHARE = 0.1  # of a cohort's sources; from here on they are encoded without it
@@ -84,14 +84,10 @@ class CohortDecoder:
             mine.answered += lane.answered
 
     def _encode(self, requests: list[Request], width: int) -> Cohort:
-        sources = [torch.as_tensor(request.token_ids, dtype=torch.int64) for request in requests]
-        lengths = [max(1, len(source)) for source in sources]
-        token_ids = torch.nn.utils.rnn.pad_sequence(sources, batch_first=True).to(self._device)
-        if sum(lengths) <= (1 - _PADDING_SHARE) * len(lengths) * max(lengths) and not self._relative:
-            rows = RaggedRows(lengths, self._device)
+        token_ids, rows = pad_sources([request.token_ids for request in requests], self._device)
+        if rows.inside.sum() <= (1 - _PADDING_SHARE) * rows.inside.size and not self._relative:
             return self.backbone.init_ragged_cache(self.backbone.encode_ragged(token_ids, rows), rows, width)
-        padding_mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(self._device)
-        return self.backbone.init_cache(self.backbone.encode(token_ids, padding_mask), padding_mask, width)
+        return self.backbone.init_cache(self.backbone.encode(token_ids, rows.padding_mask), rows.padding_mask, width)
 
     def step(self) -> list[Finished]:
         """One token for every row; the rows that are done now."""

@@ -14,6 +14,7 @@ from s2s_ray.generation import selection
 from s2s_ray.generation.cache import DecoderCache
 from s2s_ray.generation.requests import Request
 from s2s_ray.models.backbone import Backbone
+from s2s_ray.nn.ragged import pad_sources
 
 _GROWTH = 64  # positions
 _LONGEST_NGRAM = 3  # tokens looked up in the source, then fewer
@@ -27,16 +28,14 @@ class ChainCache:
 
     def __init__(self, backbone: Backbone, requests: Sequence[Request]) -> None:
         device = next(backbone.parameters()).device
-        rows = [torch.as_tensor(request.token_ids, dtype=torch.int64) for request in requests]
-        counts = torch.tensor([max(1, len(row)) for row in rows])
-        token_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        mask = (torch.arange(int(counts.max())) < counts[:, None]).to(device)
-        self._cohort = backbone.init_cache(backbone.encode(token_ids, mask), mask)  # for its cross-attention
+        token_ids, rows = pad_sources([request.token_ids for request in requests], device)
+        memory = backbone.encode(token_ids, rows.padding_mask)
+        self._cohort = backbone.init_cache(memory, rows.padding_mask)  # for its cross-attention
         self._tables = backbone.position_tables()
         self._last_position = (backbone.max_target_length or 2**31) - 1
         self._device = device
         self._buffers: list[tuple[Tensor, Tensor]] = []  # each layer's keys and values, [R, H, C, K]
-        self.lengths = [0] * len(rows)
+        self.lengths = [0] * len(requests)
         self.begin(1)
         self._positions: Tensor
         self._biases: list[Tensor]  # one, or one a layer: bool [R, 1, W, L] or what is added, [R, H, W, L]

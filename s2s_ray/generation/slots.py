@@ -21,7 +21,7 @@ from s2s_ray.generation.requests import Finished, Request
 from s2s_ray.generation.scheduler import Budget, Scheduler
 from s2s_ray.generation.settings import GenerationSettings
 from s2s_ray.models.backbone import Backbone
-from s2s_ray.nn.ragged import RaggedRows, to_device
+from s2s_ray.nn.ragged import pad_sources
 
 LONGEST_TARGET = 2**15  # tokens; a slot is as long as the longest target it may hold
 _BRIEF = 256  # source tokens; attention over sources that are no longer has small blocks
@@ -155,7 +155,8 @@ class _Lane:
 
     def place(self, requests: list[Request], limits: list[int]) -> None:
         """Encode the rows and put them into free slots."""
-        memory, lengths = _encode(self.backbone, requests, self._device)
+        token_ids, sources = pad_sources([request.token_ids for request in requests], self._device)
+        memory, lengths = self.backbone.encode_ragged(token_ids, sources), sources.lengths
         self._adjust()
         rows = [self._free.pop() for _ in requests]
         if self.uniform and not all(self._fits(r, limit) for r, limit in zip(requests, limits, strict=True)):
@@ -257,15 +258,6 @@ def _shared(settings: GenerationSettings) -> GenerationSettings:
 def _is_uniform(request: Request) -> bool:
     """Whether the tables of a step can be the same for every row with these settings."""
     return not request.prompt_ids and not request.settings.encoder_no_repeat_ngram_size
-
-
-def _encode(backbone: Backbone, requests: list[Request], device: torch.device) -> tuple[Tensor, list[int]]:
-    sources = [np.asarray(request.token_ids if len(request.token_ids) else (0,), np.int64) for request in requests]
-    lengths = [len(source) for source in sources]
-    rows = RaggedRows(lengths, device)
-    token_ids = np.zeros(rows.inside.shape, np.int64)
-    token_ids[rows.inside] = np.concatenate(sources)
-    return backbone.encode_ragged(to_device(torch.from_numpy(token_ids), device), rows), lengths
 
 
 def _fitted(

@@ -66,10 +66,9 @@ class Workers:
 
     def __init__(self, backbone: Backbone, budget: Budget, count: int) -> None:
         """count: of workers, at most torch's threads; slots are shared out evenly, source tokens as they come."""
-        self.budget = budget
         self._threads = torch.get_num_threads()
-        share = replace(budget, slots=budget.slots // count)
-        self._workers = [_Worker(CohortDecoder(backbone, share, None)) for _ in range(count)]
+        self._share = replace(budget, slots=budget.slots // count)
+        self._workers = [_Worker(CohortDecoder(backbone, self._share, None)) for _ in range(count)]
         self._chosen = self._workers[0]
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="s2s_ray worker")
 
@@ -81,7 +80,7 @@ class Workers:
     @property
     def slots(self) -> int:
         """Sequences that the workers whose turn begins with the next step may decode."""
-        return sum(worker.decoder.budget.slots for worker in self._starting())
+        return len(self._starting()) * self._share.slots
 
     def live(self) -> int:
         """Their sequences, those included that ended since their cohort was last closed up."""
@@ -101,7 +100,7 @@ class Workers:
         tokens = sum(worker.tokens for worker in self._workers)
         for worker in sorted(self._workers, key=lambda worker: (not 0 < worker.slots < _FEW, worker.slots)):
             if worker.turn is None:
-                found = scheduler.next_cohort(worker.slots, tokens, worker.decoder.budget)
+                found = scheduler.next_cohort(worker.slots, tokens, self._share)
                 if found is not None:
                     self._chosen = worker
                     return found
@@ -116,19 +115,17 @@ class Workers:
 
     def step(self) -> list[Finished]:
         """Start the turn of every worker that has rows, and wait for the first to end; the rows that are done."""
+        starting = self._starting()
+        few = sum(worker.slots for worker in self._workers) <= min(_FEW, self._share.slots)
+        for other in starting[1:] if few else ():  # they go on together
+            starting[0].take(other)
         at_work = [worker for worker in self._workers if worker.slots]
-        few = sum(worker.slots for worker in at_work) <= min(_FEW, at_work[0].decoder.budget.slots)
-        while few and len(self._starting()) > 1:  # they go on together
-            first, *_, last = self._starting()
-            first.take(last)
-            at_work.remove(last)
         if len(at_work) == 1 and at_work[0].turn is None:  # here, where OpenMP's threads are at hand
             answers = at_work[0].run(self._threads)
             at_work[0].slots, at_work[0].tokens = at_work[0].decoder.used()
             return answers
-        for worker in at_work:
-            if worker.turn is None and not few:  # few wait for the end of the others' turns
-                worker.turn = self._pool.submit(worker.run, max(1, self._threads // len(at_work)))
+        for worker in () if few else starting:  # few wait for the end of the others' turns
+            worker.turn = self._pool.submit(worker.run, max(1, self._threads // len(at_work)))
         wait([worker.turn for worker in at_work if worker.turn], return_when=FIRST_COMPLETED)
         answers = []
         for worker in at_work:

@@ -22,11 +22,12 @@ def attention_kernels(device: torch.device) -> ModuleType:
 
 class RaggedRows:
     """Where each row lies among T tokens. `table` is the relative bias in force, `[H, 2 F + 1]` or None; `inside` bool
-    `[R, longest]`, on the host, and `padding_mask`, on the device, are True for tokens.
+    `[R, longest]`, on the host, and `padding_mask`, on the device, are True for tokens. `lengths` are those given.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self._kernels = attention_kernels(device)
+        self.lengths = lengths
         size = self._kernels.QUERY_BLOCK
         counts = np.asarray(lengths)
         of_row = -(-counts // size)  # blocks
@@ -60,6 +61,15 @@ class RaggedRows:
     def attend(self, qkv: Tensor, *, heads: int, scale: float) -> Tensor:
         """Queries, keys and values side by side `[T, 3 I]` to the attention output `[T, I]`."""
         return self._kernels.ragged(qkv, self.starts, self.blocks, self.table, heads=heads, scale=scale)
+
+
+def pad_sources(sources: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, RaggedRows]:
+    """Token ids int64 `[R, longest]` with zeros for padding, and the rows; an empty source is one zero."""
+    ids = [np.asarray(source if len(source) else (0,), np.int64) for source in sources]
+    rows = RaggedRows([len(source) for source in ids], device)
+    padded = np.zeros(rows.inside.shape, np.int64)
+    padded[rows.inside] = np.concatenate(ids)
+    return to_device(torch.from_numpy(padded), device), rows
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
